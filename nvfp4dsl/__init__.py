@@ -1,0 +1,1 @@
+"""Block-scaled NVFP4 GEMM kernels in CuTe DSL: compiled for the GPU at hand, executed anywhere."""

@@ -1,0 +1,57 @@
+"""Every exception this package raises on purpose.
+
+Each derives from :class:`NVFP4Error`, and from the built-in class a caller would otherwise expect, so both
+``except nv.NVFP4Error`` and ``except ValueError`` work. A message says what was given, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class NVFP4Error(Exception):
+    """Base of everything raised on purpose."""
+
+
+class OperandError(NVFP4Error, ValueError):
+    """A tensor is unfit: dtype, shape, device, contiguity, non-finite values, wrong scale shape."""
+
+
+class LayoutError(OperandError):
+    """A tensor is in a layout that the kernel does not read; the message names ``prepare``."""
+
+
+class ModeError(NVFP4Error, ValueError):
+    """Something was asked for that the numeric mode or autograd does not offer."""
+
+
+class TargetError(NVFP4Error, ValueError):
+    """Unknown target, or one on which the request cannot run."""
+
+
+class TileError(NVFP4Error, ValueError):
+    """A tile is not legal for a spec on a target.
+
+    Attributes:
+        reasons: one sentence per rule that refused the tile.
+    """
+
+    def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.reasons = list(reasons)
+
+
+class CompileError(NVFP4Error, RuntimeError):
+    """The compiler refused a kernel, or the worker that ran it died."""
+
+
+class CacheError(NVFP4Error, RuntimeError):
+    """The kernel cache cannot be read or written: permissions, ownership, a full disk, another target's object."""
+
+
+class LaunchError(NVFP4Error, RuntimeError):
+    """A compiled kernel could not be launched."""
+
+
+class EmulationError(NVFP4Error, RuntimeError):
+    """Base of every fault the emulator reports (:mod:`nvfp4dsl.emulator.faults`)."""
