@@ -1,0 +1,1 @@
+"""Executes compiled PTX, with the launch its own host code makes, on a machine with no GPU."""
