@@ -1,0 +1,165 @@
+"""From fp32 accumulators to the output tensor.
+
+y = acc * alpha, or fma(acc, alpha, bias), in fp32, then one rounding to the output type. alpha is the product of the
+activation's global scale (one a batch) and the weight's (one an output column: a tensor-wide scale or one per row range
+are the same thing with another stride). Scales stay in fp32 on the device, so nothing is folded into e4m3 and nothing is
+read back by the host.
+
+Two ways out. Where output rows start on 16 bytes, spans of 32 columns go through shared memory and leave by TMA, which
+clips what lies outside the tensor. Otherwise registers are stored one by one under a bounds check.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import BFloat16, Float16, Float32, Int32
+from cutlass.cute.nvgpu import cpasync
+
+from nvfp4dsl.config import EPILOGUE_COLUMNS, MMA_M, MMA_N, MMA_WARPS, WARP, Plan
+from nvfp4dsl.kernels.instructions import fma, pack_half2, shared_address, stmatrix_x4, store_shared_f32x2
+from nvfp4dsl.kernels.mainloops.omma import block_column, warp_coord
+from nvfp4dsl.kernels.schedule import TileCoord
+from nvfp4dsl.kernels.swizzle import CHUNK, row_term
+
+OUT_TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+EPILOGUE_BARRIER = 1
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The epilogue's vectors: ``mAlphaA`` (L), ``mAlphaB`` (N, L), ``mBias`` (N) or None; all fp32."""
+
+    mAlphaA: cute.Tensor
+    mAlphaB: cute.Tensor
+    mBias: Any
+
+    def tensors(self) -> tuple:
+        """The three, in the order the kernel takes them."""
+        return self.mAlphaA, self.mAlphaB, self.mBias
+
+
+class Epilogue:
+    """Stores one warp's accumulators. Runs on every MMA warp; warp 0 issues the TMA stores."""
+
+    def __init__(self, plan: Plan, scaling: Scaling, mC: cute.Tensor, warp: Int32, lane: Int32):
+        self.plan, self.scaling, self.mC = plan, scaling, mC
+        self.warp, self.lane = warp, lane
+        self.warp_m, self.warp_n = warp_coord(plan, warp)
+        self.dtype = OUT_TYPES[plan.spec.out_dtype]
+        self.barrier = pipeline.NamedBarrier(barrier_id=EPILOGUE_BARRIER, num_threads=MMA_WARPS * WARP)
+
+    def bind_store(self, atom: cute.CopyAtom, mC_tma: cute.Tensor, sC: cute.Tensor) -> None:
+        """Give it the TMA store and its shared-memory ring (rows, 32 columns, buffers)."""
+        self.atom, self.mC_tma, self.sC = atom, mC_tma, sC
+
+    @cute.jit
+    def store(self, accumulators: cute.Tensor, coord: TileCoord):
+        alpha, bias = self._load_scaling(coord)
+        if cutlass.const_expr(self.plan.spec.aligned_rows):
+            self._store_through_tma(accumulators, alpha, bias, coord)
+        else:
+            self._store_predicated(accumulators, alpha, bias, coord)
+
+    @cute.jit
+    def finish(self):
+        """Shared memory must outlive the stores that read it."""
+        if cutlass.const_expr(self.plan.spec.aligned_rows):
+            if self.warp == 0:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _load_scaling(self, coord: TileCoord):
+        """alpha and bias of the two columns this lane holds of each n8 block: (2, blocks). Columns outside get zeros."""
+        blocks = self.plan.blocks[1]
+        alpha = cute.make_rmem_tensor((2, blocks), Float32)
+        bias = cute.make_rmem_tensor((2, blocks), Float32)
+        alpha.fill(0.0)
+        bias.fill(0.0)
+        alpha_a = self.scaling.mAlphaA[coord.batch]
+        for j in cutlass.range_constexpr(blocks):
+            for e in cutlass.range_constexpr(2):
+                column = self._column(coord, j) + e
+                if column < self.mC.shape[1]:
+                    alpha[e, j] = alpha_a * self.scaling.mAlphaB[column, coord.batch]
+                    if cutlass.const_expr(self.plan.spec.bias):
+                        bias[e, j] = self.scaling.mBias[column]
+        return alpha, bias
+
+    def _column(self, coord: TileCoord, block: int) -> Int32:
+        """First of the two neighbouring output columns this lane holds of an n8 block."""
+        return coord.n * self.plan.tile.n + block_column(self.plan, self.warp_n, block) + self.lane % 4 * 2
+
+    def _value(self, accumulators, alpha, bias, e: int, i: int, j: int) -> Float32:
+        """Element e of block (i, j), scaled: e = 0, 1 are row g, columns 2t and 2t+1; 2, 3 the same of row g+8."""
+        if self.plan.spec.bias:
+            return fma(accumulators[e, i, j], alpha[e % 2, j], bias[e % 2, j])
+        return accumulators[e, i, j] * alpha[e % 2, j]
+
+    @cute.jit
+    def _store_predicated(self, accumulators, alpha, bias, coord: TileCoord):
+        blocks_m, blocks_n = self.plan.blocks
+        first_row = coord.m * self.plan.tile.m + self.warp_m * (blocks_m * MMA_M) + self.lane // 4
+        for i in cutlass.range_constexpr(blocks_m):
+            for j in cutlass.range_constexpr(blocks_n):
+                for e in cutlass.range_constexpr(4):
+                    row = first_row + i * MMA_M + e // 2 * 8
+                    column = self._column(coord, j) + e % 2
+                    if row < self.mC.shape[0] and column < self.mC.shape[1]:
+                        self.mC[row, column, coord.batch] = self._value(accumulators, alpha, bias, e, i, j).to(
+                            self.dtype
+                        )
+
+    @cute.jit
+    def _store_through_tma(self, accumulators, alpha, bias, coord: TileCoord):
+        tile, buffers = self.plan.tile, self.plan.epilogue_stages
+        gC = cute.local_tile(self.mC_tma, (tile.m, EPILOGUE_COLUMNS), (None, None, None))
+        tCsC, tCgC = cpasync.tma_partition(
+            self.atom, 0, cute.make_layout(1), cute.group_modes(self.sC, 0, 2), cute.group_modes(gC, 0, 2)
+        )
+        spans = tile.n // EPILOGUE_COLUMNS
+        for span in cutlass.range_constexpr(spans):
+            buffer = span % buffers
+            if self.warp == 0:
+                # at most buffers - 1 stores may still be reading: then this buffer is free
+                cute.arch.cp_async_bulk_wait_group(buffers - 1, read=True)
+            self.barrier.arrive_and_wait()
+            self._write_span(accumulators, alpha, bias, span, shared_address(self.sC.iterator), buffer)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            self.barrier.arrive_and_wait()
+            if self.warp == 0:
+                cute.copy(self.atom, tCsC[(None, buffer)], tCgC[(None, coord.m, coord.n * spans + span, coord.batch)])
+                cute.arch.cp_async_bulk_commit_group()
+
+    def _write_span(self, accumulators, alpha, bias, span: int, base: Int32, buffer: int) -> None:
+        """This warp's part of 32 columns into shared memory, swizzled as the TMA store expects."""
+        row_bytes = EPILOGUE_COLUMNS * self.dtype.width // 8
+        blocks_m = self.plan.blocks[0]
+        run = EPILOGUE_COLUMNS // MMA_N // self.plan.warps[1]
+        buffer_base = base + buffer * self.plan.tile.m * row_bytes
+        first_row = self.warp_m * (blocks_m * MMA_M)
+        # 8x8 sub-blocks of this warp in the span: (row half of m16 block i, n8 block j)
+        cells = [(i, half, span * run + j) for j in range(run) for i in range(blocks_m) for half in range(2)]
+        if self.dtype.width == 32:
+            for i, half, j in cells:
+                row = first_row + i * MMA_M + half * 8 + self.lane // 4
+                column = (j % run * MMA_N + self.warp_n * run * MMA_N + self.lane % 4 * 2) * 4
+                values = [self._value(accumulators, alpha, bias, half * 2 + e, i, j) for e in range(2)]
+                store_shared_f32x2(buffer_base + row * row_bytes + (column ^ row_term(row % 8, row_bytes)), *values)
+            return
+        for first in range(0, len(cells), 4):
+            words = []
+            for i, half, j in cells[first : first + 4]:
+                low, high = (self._value(accumulators, alpha, bias, half * 2 + e, i, j) for e in range(2))
+                words.append(pack_half2(low, high, self.dtype))
+            stmatrix_x4(buffer_base + self._matrix_row(first // 4, first_row, run, row_bytes), words)
+
+    def _matrix_row(self, quad: int, first_row: Int32, run: int, row_bytes: int) -> Int32:
+        """Where this lane's row of its 8x8 matrix starts: lanes 8c..8c+7 address cell 4*quad + c of ``_write_span``."""
+        cell = self.lane // 8 + 4 * quad
+        halves = 2 * self.plan.blocks[0]
+        row = first_row + cell % halves * 8 + self.lane % 8
+        column = (self.warp_n * run + cell // halves) * CHUNK
+        return row * row_bytes + (column ^ row_term(self.lane % 8, row_bytes))

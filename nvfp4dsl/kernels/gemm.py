@@ -1,0 +1,201 @@
+"""The GEMM: one persistent, warp-specialised algorithm for every target; the inner loop is a parameter."""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Int32, Int64, Uint8
+from cutlass.cute.nvgpu import cpasync
+
+from nvfp4dsl.config import (
+    EPILOGUE_COLUMNS,
+    MMA_K,
+    MMA_WARPS,
+    OUT_BYTES,
+    Plan,
+    scale_atoms,
+)
+from nvfp4dsl.kernels.epilogue import OUT_TYPES, Epilogue, Scaling
+from nvfp4dsl.kernels.instructions import shared_address
+from nvfp4dsl.kernels.mainloops import Mainloop, Stage
+from nvfp4dsl.kernels.roles.consumer import Consumer
+from nvfp4dsl.kernels.roles.producer import Operand, Producer
+from nvfp4dsl.kernels.schedule import PersistentSchedule
+from nvfp4dsl.kernels.swizzle import tile_layout
+from nvfp4dsl.layouts import SCALE_ATOM_BYTES
+
+
+class Gemm:
+    """``C[l] = alpha * A[l] @ B[l].T (+ bias)`` over packed NVFP4 operands.
+
+    ====================  =====  =================================================================
+    warp                  count  role
+    ====================  =====  =================================================================
+    0 .. 7                8      multiply (:class:`Mainloop`), then store (:class:`Epilogue`)
+    8                     1      producer: TMA loads of codes and scales
+    ====================  =====  =================================================================
+
+    ====================  ======  ================================================================
+    barrier               count   arrivals a phase
+    ====================  ======  ================================================================
+    full[stage]           stages  1 (the producer, with the stage's bytes), completed by TMA
+    empty[stage]          stages  8 (one lane of each MMA warp)
+    named barrier 1       1       256 threads: the MMA warps around each use of the store buffer
+    ====================  ======  ================================================================
+
+    Call arguments, all on one device: ``a`` (L, M, Kp/2) u8 and ``b`` (L, N, Kp/2) u8, Kp a multiple of 32; ``sfa``, ``sfb``
+    (L, rows/128, K/64, 512) u8, the swizzled scale atoms; ``alpha_a`` (L), ``alpha_b`` (L, N) and, if the spec has one,
+    ``bias`` (N), fp32; ``c`` (L, M, N); ``max_ctas``, how many CTAs to launch at most (normally the device's SMs).
+    """
+
+    def __init__(self, plan: Plan, mainloop: type[Mainloop]):
+        self.plan = plan
+        self.mainloop = mainloop
+
+    @cute.jit
+    def __call__(
+        self,
+        a: cute.Tensor,
+        sfa: cute.Tensor,
+        b: cute.Tensor,
+        sfb: cute.Tensor,
+        alpha_a: cute.Tensor,
+        alpha_b: cute.Tensor,
+        bias: cute.Tensor | None,
+        c: cute.Tensor,
+        max_ctas: Int32,
+        stream,
+    ):
+        tile, plan = self.plan.tile, self.plan
+        mA, mB, mC = (_batch_last(x) for x in (a, b, c))
+        mSFA, mSFB = (_scale_atoms_view(x) for x in (sfa, sfb))
+        scaling = Scaling(alpha_a, _batch_last(alpha_b), bias)
+
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        layouts = self._smem_layouts()
+        tilers = {
+            "a": (tile.m, tile.k // 2),
+            "b": (tile.n, tile.k // 2),
+            "sfa": self._scale_box(tile.m),
+            "sfb": self._scale_box(tile.n),
+        }
+        tma = {
+            name: cpasync.make_tiled_tma_atom(load, mX, cute.select(layouts[name], list(range(rank))), tilers[name])
+            for name, mX, rank in (("a", mA, 2), ("b", mB, 2), ("sfa", mSFA, 3), ("sfb", mSFB, 3))
+        }
+        tma_c, mC_tma = None, None
+        if cutlass.const_expr(plan.spec.aligned_rows):
+            tma_c, mC_tma = cpasync.make_tiled_tma_atom(
+                store, mC, cute.select(layouts["c"], [0, 1]), (tile.m, EPILOGUE_COLUMNS)
+            )
+        schedule = PersistentSchedule(plan, mC)
+        self.kernel(*tma["a"], *tma["b"], *tma["sfa"], *tma["sfb"], tma_c, mC_tma, mC, *scaling.tensors()).launch(
+            grid=[cutlass.min(schedule.tiles, max_ctas), 1, 1],
+            block=[plan.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_a: cute.CopyAtom,
+        mA: cute.Tensor,
+        tma_b: cute.CopyAtom,
+        mB: cute.Tensor,
+        tma_sfa: cute.CopyAtom,
+        mSFA: cute.Tensor,
+        tma_sfb: cute.CopyAtom,
+        mSFB: cute.Tensor,
+        tma_c: cute.CopyAtom | None,
+        mC_tma: cute.Tensor | None,
+        mC: cute.Tensor,
+        mAlphaA: cute.Tensor,
+        mAlphaB: cute.Tensor,
+        mBias: cute.Tensor | None,
+    ):
+        plan, tile = self.plan, self.plan.tile
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        lane = cute.arch.lane_idx()
+        if warp == MMA_WARPS:
+            for atom in (tma_a, tma_b, tma_sfa, tma_sfb, tma_c):
+                if cutlass.const_expr(atom is not None):
+                    cpasync.prefetch_descriptor(atom)
+
+        smem, layouts = self._allocate(), self._smem_layouts()
+        sX = {name: _swizzled_tensor(smem[name], layouts[name]) for name in layouts if name in smem}
+        ring = pipeline.PipelineTmaAsync.create(
+            num_stages=plan.stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, MMA_WARPS),
+            tx_count=plan.transaction_bytes,
+            barrier_storage=smem["barriers"],
+            cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
+        )
+
+        schedule = PersistentSchedule(plan, mC)
+        first, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        k_tiles = cute.ceil_div(mA.shape[1], tile.k // 2)
+        if warp == MMA_WARPS:
+            Producer(plan, schedule, ring).run(
+                first,
+                stride,
+                k_tiles,
+                Operand(tma_a, mA, sX["a"], (tile.m, tile.k // 2)),
+                Operand(tma_b, mB, sX["b"], (tile.n, tile.k // 2)),
+                Operand(tma_sfa, mSFA, sX["sfa"], self._scale_box(tile.m)),
+                Operand(tma_sfb, mSFB, sX["sfb"], self._scale_box(tile.n)),
+            )
+        else:
+            mainloop = self.mainloop(plan)
+            mainloop.bind(warp, lane)
+            epilogue = Epilogue(plan, Scaling(mAlphaA, mAlphaB, mBias), mC, warp, lane)
+            if cutlass.const_expr(plan.spec.aligned_rows):
+                epilogue.bind_store(tma_c, mC_tma, sX["c"])
+            buffers = Stage(**{name: shared_address(smem[name]) for name in ("a", "b", "sfa", "sfb")})
+            Consumer(plan, schedule, ring, mainloop, epilogue).run(first, stride, k_tiles, buffers)
+
+    def _scale_box(self, extent: int) -> tuple[int, int, int]:
+        """One TMA box of scale atoms, in 8-byte words: (words of an atom, atoms along K, atoms along the rows)."""
+        return SCALE_ATOM_BYTES // 8, self.plan.tile.k // MMA_K, scale_atoms(extent)
+
+    def _smem_layouts(self) -> dict:
+        """The staged shared-memory layout of each TMA buffer; the last mode is the stage."""
+        plan, tile = self.plan, self.plan.tile
+        out_bytes = OUT_BYTES[plan.spec.out_dtype]
+        return {
+            "a": tile_layout(tile.m, tile.k // 2, plan.stages),
+            "b": tile_layout(tile.n, tile.k // 2, plan.stages),
+            "sfa": cute.make_layout((*self._scale_box(tile.m), plan.stages)),
+            "sfb": cute.make_layout((*self._scale_box(tile.n), plan.stages)),
+            "c": tile_layout(tile.m, EPILOGUE_COLUMNS * out_bytes, plan.epilogue_stages, out_bytes),
+        }
+
+    def _allocate(self) -> dict[str, cute.Pointer]:
+        """Allocate the plan's fields in order; the allocator's total is what the launch asks for."""
+        types = {"barriers": Int64, "sfa": Int64, "sfb": Int64, "c": OUT_TYPES[self.plan.spec.out_dtype]}
+        allocator = cutlass.memory.SmemAllocator()
+        return {
+            field.name: cute.recast_ptr(
+                allocator.allocate(field.bytes, field.align), dtype=types.get(field.name, Uint8)
+            )
+            for field in self.plan.smem
+        }
+
+
+def _swizzled_tensor(pointer: cute.Pointer, layout) -> cute.Tensor:
+    """A shared-memory tensor; a swizzle is carried by the pointer, where TMA partitioning looks for it."""
+    if isinstance(layout, cute.ComposedLayout):
+        return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=pointer.dtype), layout.outer)
+    return cute.make_tensor(pointer, layout)
+
+
+def _batch_last(x: cute.Tensor) -> cute.Tensor:
+    """(L, ...) as (..., L)."""
+    rank = cute.rank(x)
+    return cute.make_tensor(x.iterator, cute.select(x.layout, [*range(1, rank), 0]))
+
+
+def _scale_atoms_view(x: cute.Tensor) -> cute.Tensor:
+    """(L, rows/128, K/64, 512) bytes as (64, K/64, rows/128, L) 8-byte words, so that an atom fits a TMA box."""
+    words = cute.recast_tensor(x, Int64)
+    return cute.make_tensor(words.iterator, cute.select(words.layout, [3, 2, 1, 0]))

@@ -1,0 +1,127 @@
+"""The PTX instructions that CuTe DSL has no shape-neutral wrapper for, one function each.
+
+Addresses are 32-bit shared-memory addresses. Arithmetic is declared free of side effects, so the compiler may move it;
+anything that touches memory is volatile, so it stays where it is written relative to barriers.
+"""
+
+from collections.abc import Sequence
+
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+_OMMA = "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3"
+
+
+def _unpack(struct, count, kind, loc, ip):
+    return tuple(kind(llvm.extractvalue(kind.mlir_type, struct, [i], loc=loc, ip=ip)) for i in range(count))
+
+
+def _asm(result, operands, text, constraints, *, pure, loc, ip):
+    return llvm.inline_asm(
+        result,
+        [operand.ir_value(loc=loc, ip=ip) for operand in operands],
+        text,
+        constraints,
+        has_side_effects=not pure,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def omma(
+    c: Sequence[Float32],
+    a: Sequence[Int32],
+    b: Sequence[Int32],
+    sfa: Int32,
+    sfb: Int32,
+    sfa_thread: int,
+    sfb_thread: int,
+    *,
+    loc=None,
+    ip=None,
+) -> tuple[Float32, Float32, Float32, Float32]:
+    """One warp-level block-scaled FP4 MMA, m16n8k64: ``c + (a * sfa) @ (b * sfb).T``.
+
+    With g = lane / 4 and t = lane % 4: ``a`` holds rows g, g+8, g, g+8 at k 8t..8t+7, the last two at k+32; ``b`` column g
+    at k 8t.. and k 32+8t..; ``c`` (row g: columns 2t, 2t+1; row g+8: the same). Byte j of a scale word scales k 16j..16j+15.
+    Lane 4g + 2*sfa_thread supplies row g's word and the next lane row g+8's; lane 4g + sfb_thread column g's.
+    """
+    text = (
+        f"{_OMMA} {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}}, "
+        f"{{$14}}, {{0, {sfa_thread}}}, {{$15}}, {{0, {sfb_thread}}};"
+    )
+    result = _asm(
+        llvm.StructType.get_literal([T.f32()] * 4),
+        [*a, *b, *c, sfa, sfb],
+        text,
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f,r,r",
+        pure=True,
+        loc=loc,
+        ip=ip,
+    )
+    return _unpack(result, 4, Float32, loc, ip)
+
+
+@dsl_user_op
+def ldmatrix_x4(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
+    """Four 8 x 16-byte matrices; lane 8i + r gives the address of row r of matrix i and gets 4 bytes of each matrix."""
+    result = _asm(
+        llvm.StructType.get_literal([T.i32()] * 4),
+        [address],
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
+        "=r,=r,=r,=r,r",
+        pure=False,
+        loc=loc,
+        ip=ip,
+    )
+    return _unpack(result, 4, Int32, loc, ip)
+
+
+@dsl_user_op
+def stmatrix_x4(address: Int32, words: Sequence[Int32], *, loc=None, ip=None) -> None:
+    """The inverse of :func:`ldmatrix_x4`."""
+    _asm(
+        None,
+        [address, *words],
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1,$2,$3,$4};",
+        "r,r,r,r,r",
+        pure=False,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def load_shared(address: Int32, *, loc=None, ip=None) -> Int32:
+    """A 32-bit word from shared memory."""
+    return Int32(_asm(T.i32(), [address], "ld.shared.b32 $0, [$1];", "=r,r", pure=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def store_shared_f32x2(address: Int32, x: Float32, y: Float32, *, loc=None, ip=None) -> None:
+    """Two neighbouring fp32 values to shared memory."""
+    _asm(None, [address, x, y], "st.shared.v2.f32 [$0], {$1,$2};", "r,f,f", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def fma(x: Float32, y: Float32, z: Float32, *, loc=None, ip=None) -> Float32:
+    """``x * y + z``, rounded once; spelled out so that the epilogue's rounding is the same on every release."""
+    return Float32(_asm(T.f32(), [x, y, z], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", pure=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def pack_half2(low: Float32, high: Float32, dtype: type, *, loc=None, ip=None) -> Int32:
+    """Two fp32 values rounded to nearest even in bf16 or fp16, ``low`` in the low half."""
+    name = {BFloat16: "bf16x2", Float16: "f16x2"}[dtype]
+    text = f"cvt.rn.{name}.f32 $0, $1, $2;"
+    return Int32(_asm(T.i32(), [high, low], text, "=r,f,f", pure=True, loc=loc, ip=ip))
+
+
+def shared_address(pointer: cute.Pointer) -> Int32:
+    """The 32-bit address of a shared-memory pointer."""
+    return Int32(pointer.toint())

@@ -1,0 +1,1 @@
+"""Warp roles: what each kind of warp does, one file a role."""

@@ -1,0 +1,75 @@
+"""The producer warp: keeps the ring of shared-memory stages full."""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Int32
+from cutlass.cute.nvgpu import cpasync
+
+from nvfp4dsl.config import Plan
+from nvfp4dsl.kernels.schedule import PersistentSchedule
+from nvfp4dsl.layouts import SCALE_ATOM_ROWS
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One TMA stream into the ring.
+
+    Attributes:
+        atom: the TMA copy.
+        mX: the whole tensor in global memory, in TMA coordinates; its last mode is the batch.
+        sX: the ring in shared memory; its last mode is the stage.
+        tiler: what one copy takes of the first modes.
+    """
+
+    atom: cute.CopyAtom
+    mX: cute.Tensor
+    sX: cute.Tensor
+    tiler: tuple[int, ...]
+
+    def partition(self) -> tuple[cute.Tensor, cute.Tensor]:
+        """(shared, global) views with the copied box as mode 0; the tiles' and the batch's modes follow."""
+        rank = len(self.tiler)
+        gX = cute.local_tile(self.mX, self.tiler, (None,) * (rank + 1))
+        return cpasync.tma_partition(
+            self.atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(self.sX, 0, rank),
+            cute.group_modes(gX, 0, rank),
+        )
+
+
+class Producer:
+    """One warp. For each tile and k step it waits until a stage is empty, announces the bytes to come, and issues four
+    TMA loads: codes and scales of A and of B. What lies outside a tensor arrives as zeros, and zero codes add nothing."""
+
+    def __init__(self, plan: Plan, schedule: PersistentSchedule, ring: pipeline.PipelineTmaAsync):
+        self.plan, self.schedule, self.ring = plan, schedule, ring
+
+    @cute.jit
+    def run(self, first: Int32, stride: Int32, k_tiles: Int32, a: Operand, b: Operand, sfa: Operand, sfb: Operand):
+        tile = self.plan.tile
+        tAsA, tAgA = a.partition()
+        tBsB, tBgB = b.partition()
+        tAsSFA, tAgSFA = sfa.partition()
+        tBsSFB, tBgSFB = sfb.partition()
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.plan.stages)
+
+        for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
+            coord = self.schedule.coord(index)
+            # A 64-row tile reads the 128-row scale atom it shares with its neighbour.
+            sfa_m = coord.m * tile.m // max(tile.m, SCALE_ATOM_ROWS)
+            for k in cutlass.range(k_tiles, unroll=1):
+                self.ring.producer_acquire(state)
+                full = self.ring.producer_get_barrier(state)
+                slot = (None, state.index)
+                cute.copy(a.atom, tAgA[(None, coord.m, k, coord.batch)], tAsA[slot], tma_bar_ptr=full)
+                cute.copy(b.atom, tBgB[(None, coord.n, k, coord.batch)], tBsB[slot], tma_bar_ptr=full)
+                cute.copy(sfa.atom, tAgSFA[(None, 0, k, sfa_m, coord.batch)], tAsSFA[slot], tma_bar_ptr=full)
+                cute.copy(sfb.atom, tBgSFB[(None, 0, k, coord.n, coord.batch)], tBsSFB[slot], tma_bar_ptr=full)
+                state.advance()
+        # A CTA must not exit while a consumer can still arrive on its barriers.
+        self.ring.producer_tail(state)
