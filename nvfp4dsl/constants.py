@@ -1,0 +1,17 @@
+"""The numbers of the NVFP4 format. Imports nothing, so that kernels and tensors read the same ones."""
+
+BLOCK = 16
+"""Consecutive values along K that share an e4m3 scale."""
+
+NIBBLES = 2
+"""e2m1 codes a byte: the even k in the low nibble, the odd k in the high one."""
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Value of each of the 16 codes: sign bit, two exponent bits, one mantissa bit."""
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_MIN_SUBNORMAL = 2.0**-9
+E4M3_MIN_NORMAL = 2.0**-6
+
+FP32_MIN_NORMAL = 2.0**-126

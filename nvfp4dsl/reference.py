@@ -1,0 +1,260 @@
+"""The oracle: what every kernel is judged by, in plain torch, on any device.
+
+:func:`gemm` is the mathematics, in float64. :func:`gemm_model` is the arithmetic of a block-scaled tensor core and the
+kernels' epilogue, bit for bit: it tells a wrong kernel from a rounded one.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from .constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN_SUBNORMAL, FP32_MIN_NORMAL
+from .errors import ModeError, OperandError
+from .formats import NVFP4Tensor, check_k, decode_codes, pack_codes, unpack_codes
+from .mma_model import K_STEP, omma_k64
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""dtypes that quantization takes and a GEMM returns."""
+
+_MODEL_TILE = 1 << 18  # outputs at a time, so that the model's temporaries stay in cache
+
+
+def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """uint8 codes of the e2m1 values nearest to x: ties to even, saturating at 6, the sign of zero kept."""
+    # A boundary whose tie goes up is moved one step down, since bucketize counts the boundaries strictly below.
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=x.device)
+    below = torch.nextafter(ties, torch.zeros_like(ties))
+    boundaries = torch.where(torch.arange(len(ties), device=x.device) % 2 == 1, below, ties)
+    return (torch.bucketize(x.abs().float(), boundaries) | torch.signbit(x) << 3).to(torch.uint8)
+
+
+def _global_scale(x: torch.Tensor, row_ends: tuple[int, ...] | None, per_matrix: bool) -> torch.Tensor:
+    """amax / (448 * 6) over each row range and matrix; 1 where all is zero."""
+    dims = (-2, -1) if per_matrix else tuple(range(x.ndim))
+    begins = (0, *(row_ends or (x.shape[-2],)))
+    magnitude = x.abs()
+    parts = [magnitude[..., b:e, :] for b, e in pairwise(begins)]
+    shape = x.shape[:-2] if per_matrix else ()
+    amax = torch.stack([p.amax(dims) if p.numel() else p.new_zeros(shape) for p in parts], dim=-1)
+    # A tensor, since torch divides a CUDA tensor by a number through its reciprocal, which is off in the last bit.
+    divisor = torch.full_like(amax, E4M3_MAX * E2M1_MAX)
+    # Below amax 4e-35 a global scale would be subnormal, and at last zero; the block scales take over instead.
+    scale = torch.where(amax == 0, 1.0, (amax / divisor).clamp(min=FP32_MIN_NORMAL))
+    return scale if row_ends else scale.squeeze(-1)
+
+
+def quantize(
+    x: torch.Tensor,
+    global_scale: torch.Tensor | float | None = None,
+    *,
+    row_ends: tuple[int, ...] | None = None,
+    per_matrix: bool = False,
+) -> NVFP4Tensor:
+    """Two-level NVFP4 quantization, in fp32 with true division.
+
+    ``global = amax / (448 * 6)``; ``scale = e4m3_rne(amax_block / (6 * global))`` clamped to [2^-9, 448], subnormals
+    kept; ``code = e2m1_rne(x / (scale * global))``, saturating. All zeros: global 1. A block of zeros: zero codes.
+
+    Args:
+        x: bf16, fp16 or fp32 [..., N, K], finite, any strides; K a multiple of 16.
+        global_scale: fix it rather than take it from amax: a float, or fp32 of a shape NVFP4Tensor allows.
+        row_ends: one global scale for each of these row ranges.
+        per_matrix: one global scale for each matrix of the batch (each expert), not one for all.
+
+    Returns:
+        A canonical tensor on x's device.
+
+    Raises:
+        OperandError: unfit dtype, shape, K, or a value that is not finite.
+    """
+    if x.dtype not in FLOATS:
+        raise OperandError(f"x is {x.dtype}; quantize takes bfloat16, float16 or float32")
+    if x.ndim < 2:
+        raise OperandError(f"x has shape {list(x.shape)}; quantize takes [..., N, K], at least two dimensions")
+    check_k(x.shape[-1], "K (the last dimension of x)")
+    if not bool(torch.isfinite(x).all()):
+        index = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise OperandError(f"x{index} is {x[tuple(index)].item()}; quantize takes finite values only")
+
+    x = x.float()
+    *batch, n, k = x.shape
+    if global_scale is None:
+        global_scale = _global_scale(x, row_ends, per_matrix)
+    elif not isinstance(global_scale, torch.Tensor):
+        global_scale = torch.tensor(global_scale, dtype=torch.float32, device=x.device)
+    storage = (*batch, n, k)
+    template = NVFP4Tensor(  # checks the caller's global scale and row ranges against the shape
+        qdata=x.new_empty((*batch, n, k // 2), dtype=torch.uint8),
+        scale=x.new_zeros((*batch, n, k // BLOCK)).to(torch.float8_e4m3fn),
+        global_scale=global_scale,
+        row_ends=row_ends,
+    )
+    row_scale = template.row_scale().unsqueeze(-1)  # [..., N, 1]
+    blocks = x.reshape(*batch, n, k // BLOCK, BLOCK)
+    wanted = blocks.abs().amax(-1) / (E2M1_MAX * row_scale)
+    scale = wanted.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = encode_e2m1(blocks / (scale.float() * row_scale).unsqueeze(-1))
+    return template._with(qdata=pack_codes(codes.reshape(storage)), scale=scale)
+
+
+def _scaled_codes(t: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """code * block scale, [..., N, K]: at most 6 significant bits, exact in bf16 and wider."""
+    t = t.canonical()
+    blocks = decode_codes(unpack_codes(t.qdata), dtype).unflatten(-1, (-1, BLOCK))
+    return (blocks * t.scale.to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The values of an NVFP4 tensor, [..., N, K].
+
+    ``(code * block scale) * global``: the first product is exact, the second is rounded once to fp32 (float64 for that
+    dtype, where it is exact too), then to ``dtype``.
+    """
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    return (_scaled_codes(t, working) * t.row_scale().to(working).unsqueeze(-1)).to(dtype)
+
+
+def check_operands(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> None:
+    """Raise :class:`OperandError` unless ``a @ b^T + bias`` is well defined: the rule for every NVFP4 x NVFP4 GEMM."""
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, NVFP4Tensor):
+            raise OperandError(f"{name} is a {type(t).__name__}; it must be an NVFP4Tensor: call quantize first")
+    if a.row_ends is not None:
+        raise OperandError("a has row_ends; only b (the weight) may have a global scale per row range")
+    _check_product(tuple(a.shape), a.device, b, bias)
+    if out_dtype not in (*FLOATS, torch.float64):
+        raise OperandError(f"out_dtype is {out_dtype}; allowed: bfloat16, float16, float32, here also float64")
+
+
+def _check_product(x_shape: tuple[int, ...], x_device: torch.device, b: NVFP4Tensor, bias: torch.Tensor | None) -> None:
+    if x_shape[-1] != b.shape[-1]:
+        raise OperandError(f"K differs: {list(x_shape)} against {list(b.shape)}; both must end in the same K")
+    try:
+        torch.broadcast_shapes(x_shape[:-2], b.batch_shape)
+    except RuntimeError:
+        raise OperandError(
+            f"batch dimensions {list(x_shape[:-2])} and {list(b.batch_shape)} differ; they must be equal or broadcast"
+        ) from None
+    if x_device != b.device:
+        raise OperandError(f"operands are on {x_device} and {b.device}; move them to one device with .to(device)")
+    if bias is not None:
+        if tuple(bias.shape) != (b.shape[-2],) or bias.dtype not in FLOATS:
+            raise OperandError(
+                f"bias is {bias.dtype} {list(bias.shape)}; it must be [{b.shape[-2]}] (N), bfloat16, float16 or float32"
+            )
+        if bias.device != b.device:
+            raise OperandError(f"bias is on {bias.device}, the operands on {b.device}; move it with .to(device)")
+
+
+def gemm(
+    a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """``a @ b^T + bias`` in float64, rounded once at the end.
+
+    Args:
+        a: [..., M, K]; b: [..., N, K], any layouts; batch dimensions broadcast.
+        bias: bf16, fp16 or fp32 [N].
+        out_dtype: float64, float32, bfloat16 or float16. (torch rounds float64 to the 16-bit types by way of fp32.)
+
+    Returns:
+        [..., M, N].
+    """
+    check_operands(a, b, bias, out_dtype)
+    # Products of two 6-bit numbers sum exactly; the global scales come last, and round once.
+    acc = _scaled_codes(a, torch.float64) @ _scaled_codes(b, torch.float64).transpose(-2, -1)
+    alpha = a.row_scale().double().unsqueeze(-1) * b.row_scale().double().unsqueeze(-2)
+    y = acc * alpha
+    return (y if bias is None else y + bias.double()).to(out_dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: NVFP4Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "bf16",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``x @ weight^T + bias`` of a bf16, fp16 or fp32 x [..., M, K], in float64, rounded to out_dtype (x's by default).
+
+    ``activation="bf16"`` (W4A16) takes x as it is, ``"nvfp4"`` (W4A4) quantizes it first with its own global scale.
+    A weight that is one matrix [N, K] meets an x of any rank, 1-D included; M = 0 gives an empty result.
+    """
+    if activation not in ("bf16", "nvfp4"):
+        raise ModeError(f"activation is {activation!r}; it must be 'bf16' (W4A16) or 'nvfp4' (W4A4)")
+    if x.dtype not in FLOATS:
+        raise OperandError(f"x is {x.dtype}; linear takes bfloat16, float16 or float32")
+    rows = x.unsqueeze(0) if x.ndim == 1 else x
+    if activation == "nvfp4":
+        check_k(rows.shape[-1], "K (the last dimension of x)")
+        _check_product(tuple(rows.shape), x.device, weight, bias)
+        y = gemm(quantize(rows), weight, bias)
+    else:
+        _check_product(tuple(rows.shape), x.device, weight, bias)
+        y = rows.double() @ dequantize(weight, torch.float64).transpose(-2, -1)
+        y = y if bias is None else y + bias.double()
+    return (y.squeeze(-2) if x.ndim == 1 else y).to(out_dtype or x.dtype)
+
+
+def gemm_model(
+    a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """``a @ b^T + bias`` as the block-scaled kernels compute it, bit for bit.
+
+    For each output, the k64 MMAs of :func:`nvfp4dsl.mma_model.omma_k64` in the order of K, from a zero accumulator; K
+    is padded with zeros, which changes no accumulator. Then, in fp32, ``alpha = alpha_a * alpha_b[n]``, and
+    ``acc * alpha``, or ``fma(acc, alpha, bias)`` with the bias widened to fp32; then one rounding to out_dtype.
+
+    Args:
+        a: [..., M, K]; b: [..., N, K], any layouts; batch dimensions broadcast.
+        bias: bf16, fp16 or fp32 [N].
+        out_dtype: float32, bfloat16 or float16.
+
+    Returns:
+        [..., M, N].
+    """
+    check_operands(a, b, bias, out_dtype)
+    alpha = a.row_scale().unsqueeze(-1) * b.row_scale().unsqueeze(-2)
+    acc = _accumulate(a, b)
+    y = acc * alpha if bias is None else _fma(acc, alpha, bias.float())
+    return y.to(out_dtype)
+
+
+def _accumulate(a: NVFP4Tensor, b: NVFP4Tensor) -> torch.Tensor:
+    """The fp32 accumulators of :func:`gemm_model`, some rows at a time."""
+    a_steps, b_steps = _mma_steps(a), _mma_steps(b)
+    batch = torch.broadcast_shapes(a.batch_shape, b.batch_shape)
+    m, n = a.shape[-2], b.shape[-2]
+    acc = torch.zeros(*batch, m, n, device=a.device)
+    chunk = max(1, _MODEL_TILE // max(1, n * batch.numel()))
+    for begin in range(0, m, chunk):
+        rows = slice(begin, begin + chunk)
+        for (a_codes, a_sf), (b_codes, b_sf) in zip(a_steps, b_steps, strict=True):
+            acc[..., rows, :] = omma_k64(a_codes[..., rows, :], a_sf[..., rows, :], b_codes, b_sf, acc[..., rows, :])
+    return acc
+
+
+def _mma_steps(t: NVFP4Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(codes [..., R, 64], scale bytes [..., R, 4]) of each k64 step, K padded with zeros."""
+    t = t.canonical()
+    extra = -t.k % K_STEP
+    codes = torch.nn.functional.pad(unpack_codes(t.qdata), (0, extra))
+    scales = torch.nn.functional.pad(t.scale.view(torch.uint8), (0, extra // BLOCK))
+    return list(zip(codes.split(K_STEP, -1), scales.split(K_STEP // BLOCK, -1), strict=True))
+
+
+def _fma(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """fp32 fused multiply-add with one rounding to nearest even.
+
+    The product is exact in float64. The sum is rounded to odd there, after which the rounding to fp32 is that of the
+    exact sum (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    product, addend = torch.broadcast_tensors(x.double() * y.double(), z.double())
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)  # Knuth's TwoSum: exact
+    bits = total.view(torch.int64)
+    away = torch.where((error > 0) == (total > 0), 1, -1)
+    inexact_even = (error != 0) & total.isfinite() & (bits & 1 == 0)
+    return torch.where(inexact_even, bits + away, bits).view(torch.float64).float()
