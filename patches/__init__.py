@@ -1,11 +1,11 @@
 """Patches for upstream defects, applied in memory and only where a kernel is compiled.
 
-A patch never edits an installed file, does nothing on a release whose defect is mended, can be undone, and is part of the
-cache key through :func:`active`. Each upstream defect has a file of its own in this folder, with a class that follows
-:class:`Patch`, listed in :data:`PATCHES`.
+A patch never edits an installed file, does nothing on a release whose defect is mended, can be undone, and is part of
+the cache key through :func:`active`. Each upstream defect has a file of its own in this folder, with a class that
+follows :class:`Patch`, listed in :data:`PATCHES`.
 
-No defect is listed yet: the releases admitted by ``pyproject.toml`` (4.5.1 and later) compile block-scaled MMA for every target
-as they are. What will come here is the arch allow-list of older releases.
+No defect is listed yet: the releases admitted by ``pyproject.toml`` (4.5.1 and later) compile block-scaled MMA for every
+target as they are. What will come here is the arch allow-list of older releases.
 """
 
 from __future__ import annotations
@@ -58,5 +58,6 @@ def active() -> list[str]:
 def status() -> dict[str, str]:
     """For each known patch: ``"applied"``, ``"needed"`` or ``"not needed"``."""
     return {
-        patch.name: "applied" if patch in _applied else "needed" if patch.needed() else "not needed" for patch in PATCHES
+        patch.name: "applied" if patch in _applied else "needed" if patch.needed() else "not needed"
+        for patch in PATCHES
     }
