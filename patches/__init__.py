@@ -4,8 +4,8 @@ A patch never edits an installed file, does nothing on a release whose defect is
 the cache key through :func:`active`. Each upstream defect has a file of its own in this folder, with a class that
 follows :class:`Patch`, listed in :data:`PATCHES`.
 
-No defect is listed yet: the releases admitted by ``pyproject.toml`` (4.5.1 and later) compile block-scaled MMA for every
-target as they are. What will come here is the arch allow-list of older releases.
+No defect is listed yet: the releases admitted by ``pyproject.toml`` (4.5.1 and later) compile block-scaled MMA for
+every target as they are. What will come here is the arch allow-list of older releases.
 """
 
 from __future__ import annotations
