@@ -14,7 +14,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from .constants import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_MIN_NORMAL, E4M3_MIN_SUBNORMAL, NIBBLES
+from .constants import (
+    BLOCK,
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3_MAX,
+    E4M3_MIN_NORMAL,
+    E4M3_MIN_SUBNORMAL,
+    FP32_MIN_NORMAL,
+    NIBBLES,
+)
 from .errors import LayoutError, OperandError
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "decode_codes",
     "pack_codes",
     "unpack_codes",
+    "values_at_hand",
 ]
 
 CANONICAL = "canonical"
@@ -128,7 +138,7 @@ class NVFP4Tensor:
         if self.k == 0 and self.layout == CANONICAL:
             object.__setattr__(self, "k", self.qdata.shape[-1] * NIBBLES)
         _check_shapes(self)
-        if _values_at_hand(self.qdata):
+        if values_at_hand(self.qdata):
             _check_values(self)
 
     @classmethod
@@ -208,16 +218,11 @@ def _unflatten(leaves: Any, static: tuple[Any, ...]) -> NVFP4Tensor:
     return NVFP4Tensor.unchecked(**dict(zip(_LEAVES, leaves, strict=True)), **dict(zip(_STATIC, static, strict=True)))
 
 
-pytree.register_pytree_node(
-    NVFP4Tensor,
-    _flatten,
-    _unflatten,
-    serialized_type_name="nvfp4dsl.NVFP4Tensor",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
+pytree.register_pytree_node(NVFP4Tensor, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys)
 
 
-def _values_at_hand(t: torch.Tensor) -> bool:
+def values_at_hand(t: torch.Tensor) -> bool:
+    """Whether a check may read the values of ``t``: not of fake or meta tensors, nor while compiling or capturing."""
     if t.is_meta or isinstance(t, FakeTensor) or torch.compiler.is_compiling():
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -281,7 +286,7 @@ def _check_row_ranges(t: NVFP4Tensor, batch: tuple[int, ...], n: int) -> None:
         what = "one per row range" if ranges else "one per tensor; for one per row range also give row_ends"
         raise OperandError(
             f"global_scale has shape {list(t.global_scale.shape)}; allowed: "
-            f"{' or '.join(str(list(s)) for s in allowed)} ({what}{'; or one per matrix of the batch' if batch else ''})"
+            f"{' or '.join(str(list(s)) for s in allowed)} ({what}{'; or one per matrix of a batch' if batch else ''})"
         )
 
 
@@ -295,10 +300,10 @@ def _check_values(t: NVFP4Tensor) -> None:
             f"scale{index} is {t.scale[tuple(index)].float().item()}; block scales must be finite and nonnegative. "
             "A checkpoint with such a scale is damaged, or its scales were never filled"
         )
-    good = torch.isfinite(t.global_scale) & (t.global_scale > 0)
+    good = torch.isfinite(t.global_scale) & (t.global_scale >= FP32_MIN_NORMAL)
     if not bool(good.all()):
         index = (~good).nonzero()[0].tolist()
         raise OperandError(
-            f"global_scale{index or ''} is {t.global_scale[tuple(index)].item()}; a global scale must be finite and "
-            "positive (1 for a matrix of zeros)"
+            f"global_scale{index or ''} is {t.global_scale[tuple(index)].item()}; a global scale must be finite, "
+            "positive and not subnormal (1 for a matrix of zeros)"
         )

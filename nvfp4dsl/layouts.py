@@ -2,7 +2,7 @@
 
 An :class:`IntLayout` maps a logical coordinate to an offset, exactly as a CuTe layout does, from nothing but its shape
 and stride. The same numbers serve three readers: tensors are permuted with it (:mod:`nvfp4dsl.packing`), kernels build
-their CuTe layout from ``layout.shape`` and ``layout.stride``, and :mod:`nvfp4dsl.testing` holds the two images together.
+their CuTe layout from ``layout.shape`` and ``layout.stride``, and :mod:`nvfp4dsl.testing` holds the images together.
 This module imports neither torch nor cutlass.
 
 The rules:
@@ -72,10 +72,14 @@ class IntLayout:
             sizes.append(size)
         return tuple(sizes)
 
+    def leaves(self) -> list[tuple[int, int]]:
+        """(size, stride) of every leaf, in order."""
+        return list(zip(_leaves(self.shape), _leaves(self.stride), strict=True))
+
     @property
     def cosize(self) -> int:
         """One more than the largest offset."""
-        return 1 + sum((s - 1) * d for s, d in zip(_leaves(self.shape), _leaves(self.stride), strict=True))
+        return 1 + sum((size - 1) * stride for size, stride in self.leaves())
 
     def __call__(self, *coordinate: Any) -> Any:
         """Offset of a logical coordinate. Accepts ints, or integer tensors and arrays, which broadcast."""

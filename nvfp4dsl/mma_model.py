@@ -17,18 +17,17 @@ from __future__ import annotations
 
 import torch
 
+from .constants import BLOCK, E2M1_VALUES
+
 K_STEP = 64
 """K of one MMA."""
-GROUP = 16
-"""Values of K that share a scale."""
 FRACTION_BITS = 35
 """Fraction bits kept below the largest exponent."""
 ZERO_EXPONENT = -139
 """Exponent that a term equal to zero enters the maximum with."""
 CANONICAL_NAN = 0x7FFFFFFF
 
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-_CODE_VALUES = torch.cat([_E2M1, -_E2M1])
+_CODE_VALUES = torch.tensor(E2M1_VALUES)
 
 
 def _group_operand(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,7 +39,7 @@ def _group_operand(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Ten
     magnitude = scales & 0x7F  # the hardware ignores the sign of a scale
     scale = magnitude.contiguous().view(torch.float8_e4m3fn).float()
     exponent = torch.clamp(magnitude.int() >> 3, min=1) - 7  # subnormals share the exponent of the smallest normal
-    grouped = codes.unflatten(-1, (-1, GROUP))
+    grouped = codes.unflatten(-1, (-1, BLOCK))
     values = _CODE_VALUES.to(codes.device)[grouped.int()] * scale.unsqueeze(-1)
     nonzero = (((grouped & 7) != 0) & (magnitude != 0).unsqueeze(-1)).float()
     return values.transpose(-3, -2), nonzero.transpose(-3, -2), exponent.transpose(-2, -1)
@@ -90,7 +89,7 @@ def omma_k64(
     # In units of the last place kept, every term is an integer below 2**48: the float64 sum is exact.
     to_units = _pow2(FRACTION_BITS - max_exp)
     total = torch.trunc(c.double() * to_units)
-    for group in range(K_STEP // GROUP):
+    for group in range(K_STEP // BLOCK):
         total += torch.trunc(terms[..., group, :, :].double() * to_units)
     return _round_toward_zero_fp32(total * _pow2(max_exp - FRACTION_BITS))
 

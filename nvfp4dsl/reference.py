@@ -12,7 +12,7 @@ import torch
 
 from .constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN_SUBNORMAL, FP32_MIN_NORMAL
 from .errors import ModeError, OperandError
-from .formats import NVFP4Tensor, check_k, decode_codes, pack_codes, unpack_codes
+from .formats import NVFP4Tensor, check_k, decode_codes, pack_codes, unpack_codes, values_at_hand
 from .mma_model import K_STEP, omma_k64
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -74,7 +74,7 @@ def quantize(
     if x.ndim < 2:
         raise OperandError(f"x has shape {list(x.shape)}; quantize takes [..., N, K], at least two dimensions")
     check_k(x.shape[-1], "K (the last dimension of x)")
-    if not bool(torch.isfinite(x).all()):
+    if values_at_hand(x) and not bool(torch.isfinite(x).all()):
         index = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise OperandError(f"x{index} is {x[tuple(index)].item()}; quantize takes finite values only")
 
