@@ -1,8 +1,8 @@
 """What a GEMM computes (:class:`GemmSpec`), how it is cut up (:class:`TileConfig`), and which cuts are legal.
 
-Pure functions over the numbers of :mod:`nvfp4dsl.targets`. The stage solver, the tuner's pruning and the launch check all
-call :func:`plan`; the kernel allocates shared memory from the same :class:`SmemField` list, so prediction and allocation
-cannot drift apart, and a test holds both against the compiler's own figure.
+Pure functions over the numbers of :mod:`nvfp4dsl.targets`. The stage solver, the tuner's pruning and the launch check
+all call :func:`plan`; the kernel allocates shared memory from the same :class:`SmemField` list, so prediction and
+allocation cannot drift apart, and a test holds both against the compiler's own figure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nvfp4dsl.errors import TileError
 from nvfp4dsl.layouts import SCALE_ATOM_BYTES, SCALE_ATOM_ROWS
 from nvfp4dsl.targets import Target, get_target
 
-OUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 WARP = 32
 MMA_WARPS = 8
@@ -39,20 +39,22 @@ class GemmSpec:
     Attributes:
         activation: numeric mode: ``"nvfp4"`` (both operands FP4) or ``"bf16"`` (FP4 weights only).
         out_dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
-        bias: whether a vector of N fp32 values is added.
+        bias: type of the vector of N values that is added in fp32, or None: ``"bf16"``, ``"fp16"``, ``"fp32"``.
         aligned_rows: output rows start on 16-byte boundaries, so TMA may store them; otherwise stores are predicated.
     """
 
     activation: str = "nvfp4"
     out_dtype: str = "bf16"
-    bias: bool = False
+    bias: str | None = None
     aligned_rows: bool = True
 
     def __post_init__(self) -> None:
         if self.activation not in ("nvfp4", "bf16"):
             raise ValueError(f"activation {self.activation!r} is not a mode; allowed: 'nvfp4', 'bf16'")
-        if self.out_dtype not in OUT_BYTES:
-            raise ValueError(f"out_dtype {self.out_dtype!r} is not offered; allowed: {', '.join(OUT_BYTES)}")
+        if self.out_dtype not in FLOAT_BYTES:
+            raise ValueError(f"out_dtype {self.out_dtype!r} is not offered; allowed: {', '.join(FLOAT_BYTES)}")
+        if self.bias is not None and self.bias not in FLOAT_BYTES:
+            raise ValueError(f"bias {self.bias!r} is not offered; allowed: None, {', '.join(FLOAT_BYTES)}")
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: 
     """The shared-memory arrays of the W4A4 kernel. Barriers first: one full and one empty barrier a stage."""
     codes = tile.k // 2
     scales = tile.k // MMA_K * SCALE_ATOM_BYTES
-    store = epilogue_stages * tile.m * EPILOGUE_COLUMNS * OUT_BYTES[spec.out_dtype] if spec.aligned_rows else 0
+    store = epilogue_stages * tile.m * EPILOGUE_COLUMNS * FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 0
     fields = (
         SmemField("barriers", 2 * stages * MBARRIER_BYTES, MBARRIER_BYTES),
         SmemField("a", stages * tile.m * codes, TMA_ALIGN),
@@ -165,8 +167,7 @@ def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: 
 def _shape_reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     reasons = []
     if "omma" not in target.mainloops.get(spec.activation, ()):
-        have = {mode: loops for mode, loops in target.mainloops.items()}
-        reasons.append(f"{target.name} has no kernel for activation={spec.activation!r} yet (inner loops: {have})")
+        reasons.append(f"{target.name} has no kernel for activation={spec.activation!r} yet")
     if tile.k not in (128, 256):
         reasons.append(f"K={tile.k}: a row of codes must fill a 64- or 128-byte swizzle span, so K is 128 or 256")
     if tile.m not in (64, 128, 256):
@@ -179,7 +180,7 @@ def _shape_reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str
 def legal(spec: GemmSpec, tile: TileConfig, target: str | Target) -> list[str]:
     """Why ``tile`` cannot be built for ``spec`` on ``target``: one sentence a rule, empty if it can.
 
-    Sentences name the bytes of shared memory and the accumulator registers that were asked for and those that there are.
+    Sentences name the shared memory in bytes and the accumulator registers: what was asked for, and what there is.
 
     Raises:
         TargetError: unknown target.

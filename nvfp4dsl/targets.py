@@ -1,7 +1,7 @@
-"""Targets (instruction sets) and devices (cards), one row each. Every shared-memory number of the project lives here.
+"""Targets (instruction sets) and devices (cards), one row each. Every shared-memory number lives here.
 
-A :class:`Target` is what the compiler needs to know: shared memory, inner loops, minimum versions. A :class:`Device` is a
-card: multiprocessors, clock, bandwidth. Compiled code depends on the target only, so one object serves every card of it.
+A :class:`Target` is what the compiler needs to know: shared memory, inner loops, minimum versions. A :class:`Device`
+is a card: multiprocessors, clock, bandwidth. Compiled code depends on the target only: one object serves all its cards.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """CuTe DSL kernels. Nothing here imports torch.
 
-Importing this package imports cutlass, which latches the architecture: set ``CUTE_DSL_ARCH`` first, one target a process
-(:mod:`nvfp4dsl.jit` does).
+Importing this package imports cutlass, which latches the architecture: set ``CUTE_DSL_ARCH`` first, one target a
+process (:mod:`nvfp4dsl.jit` does).
 """
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint8
+from cutlass import Int32, Uint8
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from nvfp4dsl.config import OUT_BYTES, GemmSpec, TileConfig, plan
-from nvfp4dsl.kernels.epilogue import OUT_TYPES
+from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, plan
+from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
 from nvfp4dsl.layouts import SCALE_ATOM_BYTES
@@ -36,29 +36,30 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm, tuple]:
 
 def _fake_arguments(spec: GemmSpec) -> tuple:
     batch, m, k_bytes = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=TMA_STRIDE_BYTES)
-    aligned_n = TMA_STRIDE_BYTES // OUT_BYTES[spec.out_dtype] if spec.aligned_rows else 1
+    aligned_n = TMA_STRIDE_BYTES // FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 1
     n = cute.sym_int(divisibility=aligned_n)
 
     def compact(dtype, *shape, align=TMA_STRIDE_BYTES):
         order = tuple(reversed(range(len(shape))))
         return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
 
-    def strided(*shape):
-        return make_fake_tensor(Float32, shape, tuple(cute.sym_int64() for _ in shape), assumed_align=4)
+    def strided(name, *shape):
+        strides = tuple(cute.sym_int64() for _ in shape)
+        return make_fake_tensor(FLOAT_TYPES[name], shape, strides, assumed_align=FLOAT_BYTES[name])
 
     def scales():
         return compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
 
-    out = OUT_TYPES[spec.out_dtype]
+    out = FLOAT_TYPES[spec.out_dtype]
     return (
         compact(Uint8, batch, m, k_bytes),
         scales(),
         compact(Uint8, batch, n, k_bytes),
         scales(),
-        strided(batch),
-        strided(batch, n),
-        strided(n) if spec.bias else None,
-        compact(out, batch, m, n, align=TMA_STRIDE_BYTES if spec.aligned_rows else OUT_BYTES[spec.out_dtype]),
+        strided("fp32", batch),
+        strided("fp32", batch, n),
+        strided(spec.bias, n) if spec.bias else None,
+        compact(out, batch, m, n, align=TMA_STRIDE_BYTES if spec.aligned_rows else FLOAT_BYTES[spec.out_dtype]),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )

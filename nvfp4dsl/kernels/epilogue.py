@@ -1,9 +1,9 @@
 """From fp32 accumulators to the output tensor.
 
 y = acc * alpha, or fma(acc, alpha, bias), in fp32, then one rounding to the output type. alpha is the product of the
-activation's global scale (one a batch) and the weight's (one an output column: a tensor-wide scale or one per row range
-are the same thing with another stride). Scales stay in fp32 on the device, so nothing is folded into e4m3 and nothing is
-read back by the host.
+activation's global scale (one a batch) and the weight's (one an output column: a tensor-wide scale or one per row
+range are the same thing with another stride). Scales stay in fp32 on the device, so nothing is folded into e4m3 and
+nothing is read back by the host.
 
 Two ways out. Where output rows start on 16 bytes, spans of 32 columns go through shared memory and leave by TMA, which
 clips what lies outside the tensor. Otherwise registers are stored one by one under a bounds check.
@@ -24,13 +24,13 @@ from nvfp4dsl.kernels.mainloops.omma import block_column, warp_coord
 from nvfp4dsl.kernels.schedule import TileCoord
 from nvfp4dsl.kernels.swizzle import CHUNK, row_term
 
-OUT_TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+FLOAT_TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 EPILOGUE_BARRIER = 1
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The epilogue's vectors: ``mAlphaA`` (L), ``mAlphaB`` (N, L), ``mBias`` (N) or None; all fp32."""
+    """The epilogue's vectors: ``mAlphaA`` (L), ``mAlphaB`` (N, L), ``mBias`` (N) or None. Scales are fp32."""
 
     mAlphaA: cute.Tensor
     mAlphaB: cute.Tensor
@@ -48,7 +48,7 @@ class Epilogue:
         self.plan, self.scaling, self.mC = plan, scaling, mC
         self.warp, self.lane = warp, lane
         self.warp_m, self.warp_n = warp_coord(plan, warp)
-        self.dtype = OUT_TYPES[plan.spec.out_dtype]
+        self.dtype = FLOAT_TYPES[plan.spec.out_dtype]
         self.barrier = pipeline.NamedBarrier(barrier_id=EPILOGUE_BARRIER, num_threads=MMA_WARPS * WARP)
 
     def bind_store(self, atom: cute.CopyAtom, mC_tma: cute.Tensor, sC: cute.Tensor) -> None:
@@ -66,13 +66,13 @@ class Epilogue:
     @cute.jit
     def finish(self):
         """Shared memory must outlive the stores that read it."""
-        if cutlass.const_expr(self.plan.spec.aligned_rows):
+        if cutlass.const_expr(self.plan.spec.aligned_rows):  # noqa: SIM102 (one is static, one dynamic)
             if self.warp == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
     def _load_scaling(self, coord: TileCoord):
-        """alpha and bias of the two columns this lane holds of each n8 block: (2, blocks). Columns outside get zeros."""
+        """alpha and bias of the two columns this lane holds of each n8 block: (2, blocks); zeros outside the tensor."""
         blocks = self.plan.blocks[1]
         alpha = cute.make_rmem_tensor((2, blocks), Float32)
         bias = cute.make_rmem_tensor((2, blocks), Float32)
@@ -85,7 +85,7 @@ class Epilogue:
                 if column < self.mC.shape[1]:
                     alpha[e, j] = alpha_a * self.scaling.mAlphaB[column, coord.batch]
                     if cutlass.const_expr(self.plan.spec.bias):
-                        bias[e, j] = self.scaling.mBias[column]
+                        bias[e, j] = self.scaling.mBias[column].to(Float32)
         return alpha, bias
 
     def _column(self, coord: TileCoord, block: int) -> Int32:
@@ -100,17 +100,15 @@ class Epilogue:
 
     @cute.jit
     def _store_predicated(self, accumulators, alpha, bias, coord: TileCoord):
-        blocks_m, blocks_n = self.plan.blocks
+        (blocks_m, blocks_n), mC = self.plan.blocks, self.mC
         first_row = coord.m * self.plan.tile.m + self.warp_m * (blocks_m * MMA_M) + self.lane // 4
         for i in cutlass.range_constexpr(blocks_m):
             for j in cutlass.range_constexpr(blocks_n):
                 for e in cutlass.range_constexpr(4):
                     row = first_row + i * MMA_M + e // 2 * 8
                     column = self._column(coord, j) + e % 2
-                    if row < self.mC.shape[0] and column < self.mC.shape[1]:
-                        self.mC[row, column, coord.batch] = self._value(accumulators, alpha, bias, e, i, j).to(
-                            self.dtype
-                        )
+                    if row < mC.shape[0] and column < mC.shape[1]:
+                        mC[row, column, coord.batch] = self._value(accumulators, alpha, bias, e, i, j).to(self.dtype)
 
     @cute.jit
     def _store_through_tma(self, accumulators, alpha, bias, coord: TileCoord):

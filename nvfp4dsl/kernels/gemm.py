@@ -8,13 +8,13 @@ from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import (
     EPILOGUE_COLUMNS,
+    FLOAT_BYTES,
     MMA_K,
     MMA_WARPS,
-    OUT_BYTES,
     Plan,
     scale_atoms,
 )
-from nvfp4dsl.kernels.epilogue import OUT_TYPES, Epilogue, Scaling
+from nvfp4dsl.kernels.epilogue import FLOAT_TYPES, Epilogue, Scaling
 from nvfp4dsl.kernels.instructions import shared_address
 from nvfp4dsl.kernels.mainloops import Mainloop, Stage
 from nvfp4dsl.kernels.roles.consumer import Consumer
@@ -42,9 +42,10 @@ class Gemm:
     named barrier 1       1       256 threads: the MMA warps around each use of the store buffer
     ====================  ======  ================================================================
 
-    Call arguments, all on one device: ``a`` (L, M, Kp/2) u8 and ``b`` (L, N, Kp/2) u8, Kp a multiple of 32; ``sfa``, ``sfb``
-    (L, rows/128, K/64, 512) u8, the swizzled scale atoms; ``alpha_a`` (L), ``alpha_b`` (L, N) and, if the spec has one,
-    ``bias`` (N), fp32; ``c`` (L, M, N); ``max_ctas``, how many CTAs to launch at most (normally the device's SMs).
+    Call arguments, all on one device: ``a`` (L, M, Kp/2) u8 and ``b`` (L, N, Kp/2) u8, Kp a multiple of 32; ``sfa``,
+    ``sfb`` (L, rows/128, K/64, 512) u8, the swizzled scale atoms; ``alpha_a`` (L) and ``alpha_b`` (L, N) fp32; ``bias``
+    (N), or None if the spec has none; ``c`` (L, M, N); ``max_ctas``, how many CTAs to launch at most (normally the
+    device's SMs).
     """
 
     def __init__(self, plan: Plan, mainloop: type[Mainloop]):
@@ -161,7 +162,7 @@ class Gemm:
     def _smem_layouts(self) -> dict:
         """The staged shared-memory layout of each TMA buffer; the last mode is the stage."""
         plan, tile = self.plan, self.plan.tile
-        out_bytes = OUT_BYTES[plan.spec.out_dtype]
+        out_bytes = FLOAT_BYTES[plan.spec.out_dtype]
         return {
             "a": tile_layout(tile.m, tile.k // 2, plan.stages),
             "b": tile_layout(tile.n, tile.k // 2, plan.stages),
@@ -172,7 +173,7 @@ class Gemm:
 
     def _allocate(self) -> dict[str, cute.Pointer]:
         """Allocate the plan's fields in order; the allocator's total is what the launch asks for."""
-        types = {"barriers": Int64, "sfa": Int64, "sfb": Int64, "c": OUT_TYPES[self.plan.spec.out_dtype]}
+        types = {"barriers": Int64, "sfa": Int64, "sfb": Int64, "c": FLOAT_TYPES[self.plan.spec.out_dtype]}
         allocator = cutlass.memory.SmemAllocator()
         return {
             field.name: cute.recast_ptr(

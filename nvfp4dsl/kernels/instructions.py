@@ -47,9 +47,10 @@ def omma(
 ) -> tuple[Float32, Float32, Float32, Float32]:
     """One warp-level block-scaled FP4 MMA, m16n8k64: ``c + (a * sfa) @ (b * sfb).T``.
 
-    With g = lane / 4 and t = lane % 4: ``a`` holds rows g, g+8, g, g+8 at k 8t..8t+7, the last two at k+32; ``b`` column g
-    at k 8t.. and k 32+8t..; ``c`` (row g: columns 2t, 2t+1; row g+8: the same). Byte j of a scale word scales k 16j..16j+15.
-    Lane 4g + 2*sfa_thread supplies row g's word and the next lane row g+8's; lane 4g + sfb_thread column g's.
+    With g = lane / 4 and t = lane % 4: ``a`` holds rows g, g+8, g, g+8 at k 8t..8t+7, the last two at k+32; ``b``
+    column g at k 8t.. and k 32+8t..; ``c`` (row g: columns 2t, 2t+1; row g+8: the same). Byte j of a scale word scales
+    k 16j..16j+15. Lane 4g + 2*sfa_thread supplies row g's word and the next lane row g+8's; lane 4g + sfb_thread
+    column g's.
     """
     text = (
         f"{_OMMA} {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}}, "

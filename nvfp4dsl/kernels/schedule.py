@@ -1,8 +1,8 @@
 """Which output tile a CTA computes next.
 
-A persistent CTA walks the linear tile indices ``blockIdx.x, blockIdx.x + gridDim.x, ...``; producer and consumers walk the
-same sequence independently, so no tile index has to travel through shared memory. M varies fastest: CTAs that run side by
-side then share the weight's tile, the larger operand, in L2.
+A persistent CTA walks the linear tile indices ``blockIdx.x, blockIdx.x + gridDim.x, ...``; producer and consumers walk
+the same sequence independently, so no tile index has to travel through shared memory. M varies fastest: CTAs that run
+side by side then share the weight's tile, the larger operand, in L2.
 
 A grouped GEMM enters here and nowhere else: its schedule maps the same linear index through the prefix sum of each
 group's tile count to (m, n, group) and a first row, and the roles use the coordinate as they do now.

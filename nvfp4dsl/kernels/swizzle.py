@@ -1,8 +1,8 @@
 """TMA's shared-memory swizzle as arithmetic.
 
-A row of 32, 64 or 128 bytes is stored with its 16-byte chunks permuted: chunk c of row r lands at c XOR s(r), where s(r)
-is bits 7.. of the row's byte offset. Eight consecutive rows then fall on eight different bank groups, which is what
-ldmatrix and stmatrix read and write at a time.
+A row of 32, 64 or 128 bytes is stored with its 16-byte chunks permuted: chunk c of row r lands at c XOR s(r), where
+s(r) is bits 7.. of the row's byte offset. Eight consecutive rows then fall on eight different bank groups, which is
+what ldmatrix and stmatrix read and write at a time.
 """
 
 import cutlass.cute as cute

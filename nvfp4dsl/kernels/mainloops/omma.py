@@ -1,10 +1,10 @@
 """OMMA, sm_120a and sm_121a: warp-level block-scaled FP4 MMA, operands and accumulators in registers.
 
-How a warp finds its fragments. Warps form a (4, 2) or (2, 4) grid over the tile. A warp's m16 blocks are consecutive; its
-n8 blocks are taken in runs, one run from each span of 32 columns, so that every span the epilogue stores is written by all
-warps. Codes are read by ldmatrix: four 8 x 16-byte matrices are one A fragment (16 rows x 64 k) or two B fragments. A scale
-word holds the four scales of one row and 64 k; the OMMA lets the instruction name which lane of a quad supplies it, so one
-32-bit load a lane feeds two m16 blocks, or four n8 blocks.
+How a warp finds its fragments. Warps form a (4, 2) or (2, 4) grid over the tile. A warp's m16 blocks are consecutive;
+its n8 blocks are taken in runs, one run from each span of 32 columns, so that every span the epilogue stores is written
+by all warps. Codes are read by ldmatrix: four 8 x 16-byte matrices are one A fragment (16 rows x 64 k) or two B
+fragments. A scale word holds the four scales of one row and 64 k; the OMMA lets the instruction name which lane of a
+quad supplies it, so one 32-bit load a lane feeds two m16 blocks, or four n8 blocks.
 """
 
 from typing import Any, ClassVar, Literal

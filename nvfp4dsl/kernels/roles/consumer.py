@@ -13,7 +13,7 @@ from nvfp4dsl.layouts import SCALE_ATOM_ROWS
 
 
 class Consumer:
-    """Eight warps that work on one tile together. Each frees a stage by one arrival a warp, once all lanes have read it."""
+    """Eight warps that work on one tile together. Each frees a stage with one arrival, after all its lanes read it."""
 
     def __init__(
         self,

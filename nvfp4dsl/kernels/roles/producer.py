@@ -44,7 +44,8 @@ class Operand:
 
 class Producer:
     """One warp. For each tile and k step it waits until a stage is empty, announces the bytes to come, and issues four
-    TMA loads: codes and scales of A and of B. What lies outside a tensor arrives as zeros, and zero codes add nothing."""
+    TMA loads: codes and scales of A and of B. What lies outside a tensor arrives as zeros, and zero codes add nothing.
+    """
 
     def __init__(self, plan: Plan, schedule: PersistentSchedule, ring: pipeline.PipelineTmaAsync):
         self.plan, self.schedule, self.ring = plan, schedule, ring
