@@ -260,7 +260,7 @@ def assert_bijective(layout: IntLayout) -> None:
     if len(wrong):
         first = int(wrong[0])
         times = int(hits[first]) / shared
-        raise AssertionError(f"{len(wrong)} of {layout.cosize} offsets are not hit once: offset {first}, {times:g} times")
+        raise AssertionError(f"{len(wrong)} of {layout.cosize} offsets not hit once: {first} is hit {times:g} times")
     every = torch.arange(layout.cosize)
     if not torch.equal(layout(*layout.inverse(every)), every):
         raise AssertionError("layout(*layout.inverse(offset)) is not offset everywhere")
