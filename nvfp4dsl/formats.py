@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from .constants import (
+from nvfp4dsl.constants import (
     BLOCK,
     E2M1_MAX,
     E2M1_VALUES,
@@ -24,7 +24,7 @@ from .constants import (
     FP32_MIN_NORMAL,
     NIBBLES,
 )
-from .errors import LayoutError, OperandError
+from nvfp4dsl.errors import LayoutError, OperandError
 
 __all__ = [
     "BLOCK",

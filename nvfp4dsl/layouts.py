@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .constants import BLOCK, NIBBLES
+from nvfp4dsl.constants import BLOCK, NIBBLES
 
 IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from .constants import BLOCK, E2M1_VALUES
+from nvfp4dsl.constants import BLOCK, E2M1_VALUES
 
 K_STEP = 64
 """K of one MMA."""

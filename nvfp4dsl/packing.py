@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .constants import BLOCK, NIBBLES
-from .errors import OperandError, TargetError
-from .formats import CANONICAL, STORAGES, NVFP4Tensor, Storage
-from .layouts import SCALE_ATOM_BYTES, packed_k, scale_offset, scale_tiles
+from nvfp4dsl.constants import BLOCK, NIBBLES
+from nvfp4dsl.errors import OperandError, TargetError
+from nvfp4dsl.formats import CANONICAL, STORAGES, NVFP4Tensor, Storage
+from nvfp4dsl.layouts import SCALE_ATOM_BYTES, packed_k, scale_offset, scale_tiles
 
 BLACKWELL = "blackwell"
 

@@ -10,13 +10,16 @@ from itertools import pairwise
 
 import torch
 
-from .constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN_SUBNORMAL, FP32_MIN_NORMAL
-from .errors import ModeError, OperandError
-from .formats import NVFP4Tensor, check_k, decode_codes, pack_codes, unpack_codes, values_at_hand
-from .mma_model import K_STEP, omma_k64
+from nvfp4dsl.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN_SUBNORMAL, FP32_MIN_NORMAL
+from nvfp4dsl.errors import ModeError, OperandError
+from nvfp4dsl.formats import NVFP4Tensor, check_k, decode_codes, pack_codes, unpack_codes, values_at_hand
+from nvfp4dsl.mma_model import K_STEP, omma_k64
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """dtypes that quantization takes and a GEMM returns."""
+
+ACTIVATIONS = ("bf16", "nvfp4")
+"""Numeric modes of a linear layer: W4A16 and W4A4."""
 
 _MODEL_TILE = 1 << 18  # outputs at a time, so that the model's temporaries stay in cache
 
@@ -118,27 +121,44 @@ def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tens
 
 def check_operands(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> None:
     """Raise :class:`OperandError` unless ``a @ b^T + bias`` is well defined: the rule for every NVFP4 x NVFP4 GEMM."""
-    for name, t in (("a", a), ("b", b)):
-        if not isinstance(t, NVFP4Tensor):
-            raise OperandError(f"{name} is a {type(t).__name__}; it must be an NVFP4Tensor: call quantize first")
+    _check_nvfp4("a", a)
+    _check_nvfp4("b", b)
     if a.row_ends is not None:
         raise OperandError("a has row_ends; only b (the weight) may have a global scale per row range")
-    _check_product(tuple(a.shape), a.device, b, bias)
+    _check_product(a, b, bias)
     if out_dtype not in (*FLOATS, torch.float64):
         raise OperandError(f"out_dtype is {out_dtype}; allowed: bfloat16, float16, float32, here also float64")
 
 
-def _check_product(x_shape: tuple[int, ...], x_device: torch.device, b: NVFP4Tensor, bias: torch.Tensor | None) -> None:
-    if x_shape[-1] != b.shape[-1]:
-        raise OperandError(f"K differs: {list(x_shape)} against {list(b.shape)}; both must end in the same K")
+def check_linear(x: torch.Tensor, weight: NVFP4Tensor, bias: torch.Tensor | None, activation: str) -> None:
+    """Raise unless ``x @ weight^T + bias`` is well defined in the numeric mode: the rule for every linear layer."""
+    if activation not in ACTIVATIONS:
+        raise ModeError(f"activation is {activation!r}; it must be 'bf16' (W4A16) or 'nvfp4' (W4A4)")
+    _check_nvfp4("weight", weight)
+    if x.dtype not in FLOATS:
+        raise OperandError(f"x is {x.dtype}; linear takes bfloat16, float16 or float32")
+    if x.ndim == 0:
+        raise OperandError("x is a scalar; linear takes [..., K]")
+    _check_product(x, weight, bias)
+
+
+def _check_nvfp4(name: str, t: object) -> None:
+    if not isinstance(t, NVFP4Tensor):
+        raise OperandError(f"{name} is a {type(t).__name__}; it must be an NVFP4Tensor: call quantize first")
+
+
+def _check_product(x: torch.Tensor | NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None) -> None:
+    """Shapes and devices of ``x @ b^T + bias``."""
+    if x.shape[-1] != b.shape[-1]:
+        raise OperandError(f"K differs: {list(x.shape)} against {list(b.shape)}; both must end in the same K")
     try:
-        torch.broadcast_shapes(x_shape[:-2], b.batch_shape)
+        torch.broadcast_shapes(x.shape[:-2], b.batch_shape)
     except RuntimeError:
         raise OperandError(
-            f"batch dimensions {list(x_shape[:-2])} and {list(b.batch_shape)} differ; they must be equal or broadcast"
+            f"batch dimensions {list(x.shape[:-2])} and {list(b.batch_shape)} differ; they must be equal or broadcast"
         ) from None
-    if x_device != b.device:
-        raise OperandError(f"operands are on {x_device} and {b.device}; move them to one device with .to(device)")
+    if x.device != b.device:
+        raise OperandError(f"operands are on {x.device} and {b.device}; move them to one device with .to(device)")
     if bias is not None:
         if tuple(bias.shape) != (b.shape[-2],) or bias.dtype not in FLOATS:
             raise OperandError(
@@ -181,17 +201,11 @@ def linear(
     ``activation="bf16"`` (W4A16) takes x as it is, ``"nvfp4"`` (W4A4) quantizes it first with its own global scale.
     A weight that is one matrix [N, K] meets an x of any rank, 1-D included; M = 0 gives an empty result.
     """
-    if activation not in ("bf16", "nvfp4"):
-        raise ModeError(f"activation is {activation!r}; it must be 'bf16' (W4A16) or 'nvfp4' (W4A4)")
-    if x.dtype not in FLOATS:
-        raise OperandError(f"x is {x.dtype}; linear takes bfloat16, float16 or float32")
+    check_linear(x, weight, bias, activation)
     rows = x.unsqueeze(0) if x.ndim == 1 else x
     if activation == "nvfp4":
-        check_k(rows.shape[-1], "K (the last dimension of x)")
-        _check_product(tuple(rows.shape), x.device, weight, bias)
         y = gemm(quantize(rows), weight, bias)
     else:
-        _check_product(tuple(rows.shape), x.device, weight, bias)
         y = rows.double() @ dequantize(weight, torch.float64).transpose(-2, -1)
         y = y if bias is None else y + bias.double()
     return (y.squeeze(-2) if x.ndim == 1 else y).to(out_dtype or x.dtype)

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .constants import BLOCK, E4M3_MIN_NORMAL
-from .formats import NVFP4Tensor, pack_codes
-from .layouts import IntLayout, scale_layout
+from nvfp4dsl.constants import BLOCK, E4M3_MIN_NORMAL
+from nvfp4dsl.formats import NVFP4Tensor, pack_codes
+from nvfp4dsl.layouts import IntLayout, scale_layout
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
