@@ -1,0 +1,5 @@
+"""Kernels compiled when first needed, and kept: ``compile(spec, tile, target)``."""
+
+from nvfp4dsl.jit.compiler import CompiledKernel, compile, compile_many, store
+
+__all__ = ["CompiledKernel", "compile", "compile_many", "store"]
