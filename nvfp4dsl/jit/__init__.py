@@ -1,5 +1,6 @@
 """Kernels compiled when first needed, and kept: ``compile(spec, tile, target)``."""
 
 from nvfp4dsl.jit.compiler import CompiledKernel, compile, compile_many, store
+from nvfp4dsl.jit.key import toolchain
 
-__all__ = ["CompiledKernel", "compile", "compile_many", "store"]
+__all__ = ["CompiledKernel", "compile", "compile_many", "store", "toolchain"]

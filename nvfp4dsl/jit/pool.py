@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from multiprocessing import Pipe
+from typing import Any
 
 from nvfp4dsl.errors import CompileError
 from nvfp4dsl.jit.worker import Product, Request
@@ -58,7 +59,7 @@ class Worker:
         try:
             self._connection.send(request)
             answered = self._connection.poll(timeout)
-            answer = self._connection.recv() if answered else None
+            answer: Any = self._connection.recv() if answered else None
         except (EOFError, ConnectionError) as error:
             status = self._end(grace_seconds=5.0)
             raise WorkerDiedError(f"the compiler process died with status {status}.{self._said()}") from error
