@@ -10,7 +10,8 @@ Fragments (PTX ISA, "MMA with block scaling"), for lane = 4 g + t:
 - A registers 0 to 3 hold rows g, g+8, g, g+8 at k = 8t..8t+7, the last two at k + 32; B registers hold column g at
   k = 8t.. and 32 + 8t... The even k is in the low nibble.
 - Scales of row g come from lane 4g + 2 * thread_id_a, those of row g+8 from the lane after it, those of column g from
-  lane 4g + thread_id_b. Byte j of such a register scales k = 16j..16j+15.
+  lane 4g + thread_id_b. Byte j of such a register scales k = 16j..16j+15; all four are used, so the byte
+  selector is always 0.
 
 K is contracted, so any k order serves that A and B share: a lane decodes its own values, and only scales are shuffled.
 """
@@ -68,15 +69,15 @@ def _block(omma: Instruction) -> str:
     return "\n\t".join(
         [
             "{",
-            ".reg .b16 %ox_h, %ox_byte, %ox_thread;",
+            ".reg .b16 %ox_h, %ox_thread;",
             ".reg .b32 %ox_quad, %ox_from, %ox_half, %ox_s, %ox_x, %ox_sign;",
             ".reg .b32 %ox_a<16>, %ox_b<8>, %ox_sa<4>, %ox_sb<2>;",
             "mov.u32 %ox_x, %laneid;",
             "and.b32 %ox_quad, %ox_x, 28;",  # lane 4g
             "and.b32 %ox_half, %ox_x, 2;",
             "shl.b32 %ox_half, %ox_half, 2;",  # a lane's k lie in 16-blocks t/2 and 2 + t/2: byte offset in bits
-            *_scales("a", scale_a[0], *select_a, stride=2, rows=2),
-            *_scales("b", scale_b[0], *select_b, stride=1, rows=1),
+            *_scales("a", scale_a[0], select_a[1], stride=2, rows=2),
+            *_scales("b", scale_b[0], select_b[1], stride=1, rows=1),
             # Registers of scales: row g or g+8 (even, odd index of A), then the k half.
             *(line for i in range(4) for line in _decode("a", i, a[i])),
             *(line for i in range(2) for line in _decode("b", i, b[i])),
@@ -94,25 +95,21 @@ def _name(operand: object) -> str:
     raise TargetError(f"an MMA with operand {operand!r} has no substitute")
 
 
-def _scales(side: str, register: str, byte: str, thread: str, *, stride: int, rows: int) -> list[str]:
+def _scales(side: str, register: str, thread: str, *, stride: int, rows: int) -> list[str]:
     """Fetch this lane's scales: ``%ox_s<side><row + rows * half>`` = f16x2 of the scale of that row and k half, twice.
 
     The sign bit of a scale is ignored, as the hardware ignores it. NaN stays NaN.
     """
     lines = [
-        f"mov.b16 %ox_byte, {byte};",
         f"mov.b16 %ox_thread, {thread};",
         "cvt.u32.u16 %ox_from, %ox_thread;",
         f"mad.lo.u32 %ox_from, %ox_from, {stride}, %ox_quad;",
-        "cvt.u32.u16 %ox_x, %ox_byte;",
-        "shl.b32 %ox_x, %ox_x, 3;",
-        "add.u32 %ox_x, %ox_x, %ox_half;",  # bits to this lane's first block
     ]
     for row in range(rows):
         lines += [
             *(["add.u32 %ox_from, %ox_from, 1;"] if row else []),
             f"shfl.sync.idx.b32 %ox_s, {register}, %ox_from, 31, -1;",
-            "shr.u32 %ox_s, %ox_s, %ox_x;",
+            "shr.u32 %ox_s, %ox_s, %ox_half;",
             "and.b32 %ox_s, %ox_s, 0x007f007f;",
             "prmt.b32 %ox_s, %ox_s, 0, 0x4420;",
             "cvt.u16.u32 %ox_h, %ox_s;",

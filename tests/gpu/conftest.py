@@ -26,3 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # Seen only when tests/gpu is named on the command line, which is how a GPU machine runs it.
+    parser.addoption("--prepared", metavar="FOLDER", help="PTX and launches written by tests/gpu/substituted.py")

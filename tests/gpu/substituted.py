@@ -1,0 +1,91 @@
+"""The kernels that the H200 executes with only their OMMA substituted: shapes, operands, and how a run is made.
+
+Where CuTe DSL is missing on the GPU machine, prepare PTX and launches elsewhere and carry the folder there:
+
+    python tests/gpu/substituted.py FOLDER            # where CuTe DSL is; needs no GPU
+    pytest tests/gpu --prepared FOLDER                # on the GPU machine
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import nvfp4dsl as nv
+from nvfp4dsl import emulator
+from nvfp4dsl.emulator.launch import Launch
+from nvfp4dsl.formats import NVFP4Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One GEMM, M x N x K, for sm_121a. ``plain`` is without bias and with one global scale a tensor."""
+
+    m: int
+    n: int
+    k: int
+    out_dtype: torch.dtype = torch.bfloat16
+    plain: bool = True
+
+    def __str__(self) -> str:
+        name = f"{self.m}x{self.n}x{self.k}-{str(self.out_dtype).removeprefix('torch.')}"
+        return name if self.plain else f"{name}-bias-ranges"
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error in norm: the rounding of the output."""
+        return {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-5}[self.out_dtype]
+
+    def operands(self) -> tuple[NVFP4Tensor, NVFP4Tensor, torch.Tensor | None]:
+        """Canonical a and b, and the bias. numpy draws them, whose streams are the same in every version."""
+        rng = np.random.default_rng([self.m, self.n, self.k])
+        a, b, bias = (torch.from_numpy(rng.standard_normal(s)) for s in ((self.m, self.k), (self.n, self.k), self.n))
+        row_ends = None if self.plain else (self.n // 3, self.n)
+        weight = nv.quantize(b.float(), row_ends=row_ends)
+        return nv.quantize(a.float()), weight, None if self.plain else bias.float()
+
+
+CASES = [
+    Case(256, 384, 512),
+    Case(200, 320, 1024),
+    Case(1000, 2048, 2048),
+    Case(257, 129, 272),
+    Case(256, 384, 512, torch.float32),
+    Case(257, 129, 272, torch.float32, plain=False),
+    Case(33, 136, 1040, torch.float16, plain=False),
+]
+
+
+def compute(case: Case, execute: Callable[[str, Launch], object]) -> torch.Tensor:
+    """The real kernel's result, its PTX and launch handed to ``execute`` in the emulator's place."""
+    a, b, bias = case.operands()
+    with nv.emulate("sm_121a"), patch.object(emulator, "run", lambda ptx, launch, **_: execute(ptx, launch)):
+        return nv.mm(nv.prepare(a, "sm_121a"), nv.prepare(b, "sm_121a"), bias, out_dtype=case.out_dtype)
+
+
+def files(folder: Path, case: Case) -> tuple[Path, Path]:
+    """PTX and launch of a case in a prepared folder."""
+    return folder / f"{case}.ptx", folder / f"{case}.launch.npz"
+
+
+def prepare(folder: Path) -> None:
+    """Writes PTX and launch of every case; nothing is executed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in CASES:
+        ptx_file, launch_file = files(folder, case)
+
+        def save(ptx: str, launch: Launch, ptx_file: Path = ptx_file, launch_file: Path = launch_file) -> None:
+            ptx_file.write_text(ptx)
+            launch.save(launch_file)
+
+        compute(case, save)
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))
