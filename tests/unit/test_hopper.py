@@ -75,5 +75,5 @@ def test_no_hopper_gpu_is_said() -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
         pytest.skip("there is one here")
-    with pytest.raises(TargetError, match="no CUDA driver|no CUDA device|compute capability"):
+    with pytest.raises(TargetError, match=r"no CUDA driver|no CUDA device|compute capability"):
         run(PTX, launch([b"12345678"]))
