@@ -58,7 +58,7 @@ def substitute(ptx: str) -> str:
 
 def _block(omma: Instruction) -> str:
     """The instructions that stand in for one OMMA, as one scope with registers of its own."""
-    if omma.opcode != OMMA:
+    if sorted(omma.parts) != sorted(OMMA.split(".")):  # assemblers take the qualifiers in several orders
         raise TargetError(f"PTX line {omma.line}: {omma.opcode} has no substitute; known is {OMMA}")
     if omma.predicate is not None:
         raise TargetError(f"PTX line {omma.line}: a predicated MMA has no substitute: {omma.text}")

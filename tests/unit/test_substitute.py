@@ -197,6 +197,13 @@ def test_only_the_mma_the_target_and_the_version_change() -> None:
     assert [line for line in kept if line in rewritten.splitlines()] == kept
 
 
+def test_qualifiers_in_another_order() -> None:
+    shape = "m16n8k64.row.col."
+    moved = OMMA.replace(shape, "").replace("aligned.", "aligned." + shape)
+    assert moved != OMMA
+    assert substitute(module(mma=moved)) == substitute(module())
+
+
 def test_two_mmas_on_one_line() -> None:
     one = module()
     mma = one[one.index("mma.sync") : one.index("\tret;")]
