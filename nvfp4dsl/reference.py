@@ -30,7 +30,7 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=x.device)
     below = torch.nextafter(ties, torch.zeros_like(ties))
     boundaries = torch.where(torch.arange(len(ties), device=x.device) % 2 == 1, below, ties)
-    return (torch.bucketize(x.abs().float(), boundaries) | torch.signbit(x) << 3).to(torch.uint8)
+    return (torch.bucketize(x.abs().float().contiguous(), boundaries) | torch.signbit(x) << 3).to(torch.uint8)
 
 
 def _global_scale(x: torch.Tensor, row_ends: tuple[int, ...] | None, per_matrix: bool) -> torch.Tensor:
