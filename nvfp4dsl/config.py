@@ -18,6 +18,9 @@ FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 WARP = 32
 MMA_WARPS = 8
 PRODUCER_WARPS = 1
+#: registers a thread. The 64K of an SM are handed out to warps four at a time, so nine warps start with 168 each; the
+#: producer then gives most of its own back and the MMA warps take what is free (8 x 232 + 40, times 32, fits).
+MMA_REGISTERS, PRODUCER_REGISTERS = 232, 40
 #: fp32 accumulators a thread may hold: the rest of its 255 registers carry fragments, addresses and the epilogue.
 MAX_ACCUMULATORS = 128
 #: a mainloop that does not overlap loads with math is not worth launching.

@@ -22,7 +22,7 @@ from nvfp4dsl.config import EPILOGUE_COLUMNS, MMA_M, MMA_N, MMA_WARPS, WARP, Pla
 from nvfp4dsl.kernels.instructions import fma, pack_half2, shared_address, stmatrix_x4, store_shared_f32x2
 from nvfp4dsl.kernels.mainloops.omma import block_column, warp_coord
 from nvfp4dsl.kernels.schedule import TileCoord
-from nvfp4dsl.kernels.swizzle import CHUNK, row_term
+from nvfp4dsl.kernels.swizzle import row_term
 
 FLOAT_TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
 EPILOGUE_BARRIER = 1
@@ -57,11 +57,10 @@ class Epilogue:
 
     @cute.jit
     def store(self, accumulators: cute.Tensor, coord: TileCoord):
-        alpha, bias = self._load_scaling(coord)
         if cutlass.const_expr(self.plan.spec.aligned_rows):
-            self._store_through_tma(accumulators, alpha, bias, coord)
+            self._store_through_tma(accumulators, coord)
         else:
-            self._store_predicated(accumulators, alpha, bias, coord)
+            self._store_predicated(accumulators, coord)
 
     @cute.jit
     def finish(self):
@@ -70,48 +69,43 @@ class Epilogue:
             if self.warp == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    @cute.jit
-    def _load_scaling(self, coord: TileCoord):
-        """alpha and bias of the two columns this lane holds of each n8 block: (2, blocks); zeros outside the tensor."""
-        blocks = self.plan.blocks[1]
-        alpha = cute.make_rmem_tensor((2, blocks), Float32)
-        bias = cute.make_rmem_tensor((2, blocks), Float32)
-        alpha.fill(0.0)
-        bias.fill(0.0)
-        alpha_a = self.scaling.mAlphaA[coord.batch]
-        for j in cutlass.range_constexpr(blocks):
-            for e in cutlass.range_constexpr(2):
-                column = self._column(coord, j) + e
-                if column < self.mC.shape[1]:
-                    alpha[e, j] = alpha_a * self.scaling.mAlphaB[column, coord.batch]
-                    if cutlass.const_expr(self.plan.spec.bias):
-                        bias[e, j] = self.scaling.mBias[column].to(Float32)
-        return alpha, bias
-
     def _column(self, coord: TileCoord, block: int) -> Int32:
         """First of the two neighbouring output columns this lane holds of an n8 block."""
         return coord.n * self.plan.tile.n + block_column(self.plan, self.warp_n, block) + self.lane % 4 * 2
 
-    def _value(self, accumulators, alpha, bias, e: int, i: int, j: int) -> Float32:
-        """Element e of block (i, j), scaled: e = 0, 1 are row g, columns 2t and 2t+1; 2, 3 the same of row g+8."""
-        if self.plan.spec.bias:
-            return fma(accumulators[e, i, j], alpha[e % 2, j], bias[e % 2, j])
-        return accumulators[e, i, j] * alpha[e % 2, j]
+    def _scaled(self, accumulators: cute.Tensor, coord: TileCoord, block: int) -> list[list[Float32]]:
+        """Outputs of an n8 block: for each m16 block, row g, columns 2t and 2t+1, then the same of row g+8.
+
+        Columns outside the tensor read the last one's scale: their results are clipped, their loads must not fault.
+        """
+        values: list[list[Float32]] = [[Float32(0.0)] * 4 for _ in range(self.plan.blocks[0])]
+        alpha_a = self.scaling.mAlphaA[coord.batch]
+        for e in range(2):
+            column = cutlass.min(self._column(coord, block) + e, self.mC.shape[1] - 1)
+            alpha = alpha_a * self.scaling.mAlphaB[column, coord.batch]
+            bias = self.scaling.mBias[column].to(Float32) if self.plan.spec.bias else None
+            for i in range(self.plan.blocks[0]):
+                for half in (0, 2):
+                    acc = accumulators[half + e, i, block]
+                    values[i][half + e] = acc * alpha if bias is None else fma(acc, alpha, bias)
+        return values
 
     @cute.jit
-    def _store_predicated(self, accumulators, alpha, bias, coord: TileCoord):
+    def _store_predicated(self, accumulators, coord: TileCoord):
         (blocks_m, blocks_n), mC = self.plan.blocks, self.mC
         first_row = coord.m * self.plan.tile.m + self.warp_m * (blocks_m * MMA_M) + self.lane // 4
-        for i in cutlass.range_constexpr(blocks_m):
-            for j in cutlass.range_constexpr(blocks_n):
+        for j in cutlass.range_constexpr(blocks_n):
+            values = self._scaled(accumulators, coord, j)
+            for i in cutlass.range_constexpr(blocks_m):
                 for e in cutlass.range_constexpr(4):
                     row = first_row + i * MMA_M + e // 2 * 8
                     column = self._column(coord, j) + e % 2
+                    value = values[i][e].to(self.dtype)
                     if row < mC.shape[0] and column < mC.shape[1]:
-                        mC[row, column, coord.batch] = self._value(accumulators, alpha, bias, e, i, j).to(self.dtype)
+                        mC[row, column, coord.batch] = value
 
     @cute.jit
-    def _store_through_tma(self, accumulators, alpha, bias, coord: TileCoord):
+    def _store_through_tma(self, accumulators, coord: TileCoord):
         tile, buffers = self.plan.tile, self.plan.epilogue_stages
         gC = cute.local_tile(self.mC_tma, (tile.m, EPILOGUE_COLUMNS), (None, None, None))
         tCsC, tCgC = cpasync.tma_partition(
@@ -124,40 +118,37 @@ class Epilogue:
                 # at most buffers - 1 stores may still be reading: then this buffer is free
                 cute.arch.cp_async_bulk_wait_group(buffers - 1, read=True)
             self.barrier.arrive_and_wait()
-            self._write_span(accumulators, alpha, bias, span, shared_address(self.sC.iterator), buffer)
+            self._write_span(accumulators, coord, span, buffer)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.barrier.arrive_and_wait()
             if self.warp == 0:
                 cute.copy(self.atom, tCsC[(None, buffer)], tCgC[(None, coord.m, coord.n * spans + span, coord.batch)])
                 cute.arch.cp_async_bulk_commit_group()
 
-    def _write_span(self, accumulators, alpha, bias, span: int, base: Int32, buffer: int) -> None:
+    def _write_span(self, accumulators: cute.Tensor, coord: TileCoord, span: int, buffer: int) -> None:
         """This warp's part of 32 columns into shared memory, swizzled as the TMA store expects."""
         row_bytes = EPILOGUE_COLUMNS * self.dtype.width // 8
-        blocks_m = self.plan.blocks[0]
+        base = shared_address(self.sC.iterator) + buffer * self.plan.tile.m * row_bytes
         run = EPILOGUE_COLUMNS // MMA_N // self.plan.warps[1]
-        buffer_base = base + buffer * self.plan.tile.m * row_bytes
-        first_row = self.warp_m * (blocks_m * MMA_M)
-        # 8x8 sub-blocks of this warp in the span: (row half of m16 block i, n8 block j)
-        cells = [(i, half, span * run + j) for j in range(run) for i in range(blocks_m) for half in range(2)]
+        # 8x8 cells: of each n8 block of the span, two row halves of each m16 block
+        cells = [
+            values[half : half + 2]
+            for j in range(run)
+            for values in self._scaled(accumulators, coord, span * run + j)
+            for half in (0, 2)
+        ]
         if self.dtype.width == 32:
-            for i, half, j in cells:
-                row = first_row + i * MMA_M + half * 8 + self.lane // 4
-                column = (j % run * MMA_N + self.warp_n * run * MMA_N + self.lane % 4 * 2) * 4
-                values = [self._value(accumulators, alpha, bias, half * 2 + e, i, j) for e in range(2)]
-                store_shared_f32x2(buffer_base + row * row_bytes + (column ^ row_term(row % 8, row_bytes)), *values)
+            for cell, pair in enumerate(cells):
+                store_shared_f32x2(base + self._cell_offset(cell, self.lane // 4, self.lane % 4 * 8, row_bytes), *pair)
             return
         for first in range(0, len(cells), 4):
-            words = []
-            for i, half, j in cells[first : first + 4]:
-                low, high = (self._value(accumulators, alpha, bias, half * 2 + e, i, j) for e in range(2))
-                words.append(pack_half2(low, high, self.dtype))
-            stmatrix_x4(buffer_base + self._matrix_row(first // 4, first_row, run, row_bytes), words)
+            words = [pack_half2(low, high, self.dtype) for low, high in cells[first : first + 4]]
+            # stmatrix: lanes 8c..8c+7 address the rows of the c-th of four cells
+            stmatrix_x4(base + self._cell_offset(first + self.lane // 8, self.lane % 8, 0, row_bytes), words)
 
-    def _matrix_row(self, quad: int, first_row: Int32, run: int, row_bytes: int) -> Int32:
-        """Where this lane's row of its 8x8 matrix starts: lanes 8c..8c+7 address cell 4*quad + c of ``_write_span``."""
-        cell = self.lane // 8 + 4 * quad
-        halves = 2 * self.plan.blocks[0]
-        row = first_row + cell % halves * 8 + self.lane % 8
-        column = (self.warp_n * run + cell // halves) * CHUNK
-        return row * row_bytes + (column ^ row_term(self.lane % 8, row_bytes))
+    def _cell_offset(self, cell: int | Int32, row: Int32, byte: int | Int32, row_bytes: int) -> Int32:
+        """Swizzled offset, within a store buffer, of a byte of a row (0..7) of this warp's ``cell`` of the span."""
+        halves, run = 2 * self.plan.blocks[0], EPILOGUE_COLUMNS // MMA_N // self.plan.warps[1]
+        tile_row = (self.warp_m * halves + cell % halves) * 8 + row
+        column = (self.warp_n * run + cell // halves) * (MMA_N * self.dtype.width // 8) + byte
+        return tile_row * row_bytes + (column ^ row_term(row, row_bytes))

@@ -10,7 +10,9 @@ from nvfp4dsl.config import (
     EPILOGUE_COLUMNS,
     FLOAT_BYTES,
     MMA_K,
+    MMA_REGISTERS,
     MMA_WARPS,
+    PRODUCER_REGISTERS,
     Plan,
     scale_atoms,
 )
@@ -137,6 +139,7 @@ class Gemm:
         first, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         k_tiles = cute.ceil_div(mA.shape[1], tile.k // 2)
         if warp == MMA_WARPS:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             Producer(plan, schedule, ring).run(
                 first,
                 stride,
@@ -147,6 +150,7 @@ class Gemm:
                 Operand(tma_sfb, mSFB, sX["sfb"], self._scale_box(tile.n)),
             )
         else:
+            cute.arch.setmaxregister_increase(MMA_REGISTERS)
             mainloop = self.mainloop(plan)
             mainloop.bind(warp, lane)
             epilogue = Epilogue(plan, Scaling(mAlphaA, mAlphaB, mBias), mC, warp, lane)

@@ -1,0 +1,73 @@
+"""``nvfp4dsl compile`` and ``nvfp4dsl emulate``: one kernel by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from nvfp4dsl import emulator, jit
+from nvfp4dsl.cli.output import json_option, out_dtype_option, progress, show, target_option, tile_option
+from nvfp4dsl.config import TILES, GemmSpec, TileConfig
+from nvfp4dsl.emulator.launch import Launch
+
+
+@click.command("compile")
+@target_option
+@tile_option
+@out_dtype_option
+@click.option("--bias", type=click.Choice(["bf16", "fp16", "fp32"]), help="Add a bias vector of this type.")
+@click.option("--ptx", type=click.Path(path_type=Path), help="Also copy the PTX here.")
+@json_option
+def compile_(target: str, tile: str | None, out_dtype: str, bias: str | None, ptx: Path | None, as_json: bool) -> None:
+    """Compile the dense W4A4 kernel for a target, with no GPU, and say what came out."""
+    spec = GemmSpec(out_dtype=out_dtype, bias=bias)
+    config = TileConfig.parse(tile) if tile else TILES[0]
+    start = time.perf_counter()
+    with progress(f"compiling {config} for {target}", as_json):
+        kernel = jit.compile(spec, config, target)
+    if ptx is not None:
+        ptx.write_text(kernel.ptx)
+    result = {"target": target, "tile": str(config), **dataclasses.asdict(spec), **summary(kernel)}
+    show({**result, "seconds": time.perf_counter() - start}, as_json, title="compiled")
+
+
+def summary(kernel: jit.CompiledKernel) -> dict:
+    """What a table says of a compiled kernel."""
+    return {
+        "cached": kernel.cached,
+        "registers": kernel.meta["registers"],
+        "spills": kernel.meta["spills"],
+        "symbol": kernel.symbol,
+        "object": str(kernel.object_path),
+    }
+
+
+@click.command("emulate")
+@click.argument("ptx", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("launch", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Of the adversarial order of warps and copies.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write what the kernel stored: a .npz, bytes a buffer.")
+@json_option
+def emulate(ptx: Path, launch: Path, seed: int, out: Path | None, as_json: bool) -> None:
+    """Execute a PTX file under a dumped launch. A fault is reported by name, and the exit status is 1."""
+    loaded = Launch.load(launch)
+    with progress(f"emulating {loaded.kernel[:40]}", as_json):
+        report = emulator.run(ptx.read_text(), loaded, seed=seed)
+    if out is not None:
+        with out.open("wb") as file:
+            np.savez(file, **{b.name: b.data for b in loaded.buffers if b.writable})  # type: ignore[arg-type]
+    result = {
+        "kernel": loaded.kernel,
+        "grid": loaded.grid,
+        "block": loaded.block,
+        "smem_bytes": loaded.smem_bytes,
+        "seed": seed,
+        "fault": None,
+        "instructions": report.instructions,
+        "seconds": report.seconds,
+    }
+    show(result, as_json, title="emulated")

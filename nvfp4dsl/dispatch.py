@@ -1,0 +1,241 @@
+"""From operands to a kernel that runs: pick the tile, find or compile the kernel, launch it where the operands live.
+
+Three places a GEMM can run, decided by :func:`site`: CPU tensors go to the oracle; CPU tensors inside
+:func:`emulate` to the real kernel, executed by the emulator; CUDA tensors to the real kernel on their device. The
+numeric mode is the caller's and is never changed here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nvfp4dsl import emulator, jit, reference
+from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal
+from nvfp4dsl.emulator.capture import capture
+from nvfp4dsl.emulator.launch import Launch
+from nvfp4dsl.errors import LayoutError, OperandError, TargetError, TileError
+from nvfp4dsl.formats import NVFP4Tensor
+from nvfp4dsl.targets import DEVICES, Target, get_target, target_of_capability
+
+FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TMA_ROW_BYTES = 16
+#: the names of the dense kernel's arguments, in call order
+ARGUMENTS = ("a", "sfa", "b", "sfb", "alpha_a", "alpha_b", "bias", "c", "max_ctas")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One kernel the emulator executed: the launch as it was before it ran, and what the emulator counted."""
+
+    kernel: jit.CompiledKernel
+    launch: Launch
+    report: emulator.Report
+
+
+@dataclass
+class Emulation:
+    """What :func:`emulate` yields.
+
+    Attributes:
+        target: the instruction set that is emulated.
+        seed: of the order in which warps run and copies complete.
+        max_ctas: most CTAs a launch may use, as a device's SM count would be.
+        runs: the kernels that ran, in order.
+    """
+
+    target: Target
+    seed: int = 0
+    max_ctas: int = 48
+    runs: list[Run] = field(default_factory=list)
+
+
+_emulation: ContextVar[Emulation | None] = ContextVar("nvfp4dsl_emulation", default=None)
+
+
+@contextmanager
+def emulate(target: str, *, seed: int = 0, max_ctas: int | None = None) -> Iterator[Emulation]:
+    """Inside the block, operations on CPU tensors compile the real kernel for ``target`` and run it in the emulator.
+
+    ``quantize`` then gives the target's layout, as it does for a CUDA tensor. Blocks may nest; the innermost counts.
+
+    Args:
+        target: a target's name, e.g. ``"sm_121a"``.
+        seed: of the emulator's adversarial order; the same seed repeats the same order.
+        max_ctas: most CTAs a launch may use; by default the SMs of the first known device of the target.
+
+    Raises:
+        TargetError: unknown target.
+    """
+    row = get_target(target)
+    if max_ctas is None:
+        max_ctas = next(device.sms for device in DEVICES if device.target == row.name)
+    if max_ctas < 1:
+        raise ValueError(f"max_ctas is {max_ctas}; a launch needs at least one CTA")
+    token = _emulation.set(Emulation(row, seed, max_ctas))
+    try:
+        yield _emulation.get()  # type: ignore[misc]
+    finally:
+        _emulation.reset(token)
+
+
+def site(device: torch.device) -> Target | None:
+    """The target whose kernels serve tensors on ``device``; None where the oracle does (a CPU, not emulating).
+
+    Raises:
+        TargetError: no target fits the device.
+    """
+    if device.type == "cuda":
+        return _cuda_target(device.index if device.index is not None else torch.cuda.current_device())
+    if device.type != "cpu":
+        raise TargetError(f"tensors are on {device}; supported are CUDA devices and the CPU")
+    emulation = _emulation.get()
+    return emulation.target if emulation else None
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    return target_of_capability(*torch.cuda.get_device_capability(index))
+
+
+@functools.cache
+def _sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def choose_tile(spec: GemmSpec, m: int, target: Target) -> TileConfig:
+    """The tile for an output of ``m`` rows: short tiles where a tall one would be mostly padding.
+
+    Raises:
+        TargetError: the target has no kernel for the spec.
+    """
+    candidates = [tile for tile in TILES if not legal(spec, tile, target)]
+    if not candidates:
+        raise TargetError(
+            f"{target.name} has no kernel for {spec}: {'; '.join(legal(spec, TILES[0], target))}. "
+            "The numeric mode is yours to choose: activation='nvfp4' runs on sm_120a and sm_121a"
+        )
+    fitting = [tile for tile in candidates if tile.m <= 64] if m <= 64 else candidates
+    return (fitting or candidates)[0]
+
+
+@functools.lru_cache(maxsize=256)
+def kernel_for(spec: GemmSpec, tile: TileConfig, target: str) -> jit.CompiledKernel:
+    """The compiled kernel, from this process's memory, the cache on disk, or the compiler."""
+    return jit.compile(spec, tile, target)
+
+
+def gemm(
+    a: NVFP4Tensor,
+    b: NVFP4Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    tile: TileConfig | None = None,
+) -> torch.Tensor:
+    """``a @ b.T + bias`` of two NVFP4 operands, [..., M, K] and [..., N, K] -> [..., M, N] in ``out_dtype``.
+
+    Args:
+        a, b: equal batch shapes and K, one device, both in the layout that device's kernels read.
+        bias: [N], bfloat16, float16 or float32; added in fp32.
+        out_dtype: bfloat16, float16 or float32.
+        tile: forces a tile; by default :func:`choose_tile`.
+
+    Raises:
+        OperandError: shapes, dtypes or devices do not match.
+        LayoutError: an operand is in another layout; the message names ``prepare``.
+        TileError: a forced tile is not legal.
+        TargetError: the device has no kernel for this.
+    """
+    reference.check_operands(a, b, bias, out_dtype)
+    target = site(a.device)
+    if target is None:
+        if tile is not None:
+            raise TileError(f"tile {tile} was forced, but CPU tensors run the reference; use emulate(target) or a GPU")
+        return reference.gemm(a, b, bias, out_dtype=out_dtype)
+    kernel = gemm_kernel(a, b, bias, out_dtype, tile)
+    out = torch.empty((*a.batch_shape, a.shape[-2], b.shape[-2]), dtype=out_dtype, device=a.device)
+    if out.numel():
+        run(kernel, _arguments(a, b, bias, out))
+    return out
+
+
+def gemm_kernel(
+    a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype, tile: TileConfig | None
+) -> jit.CompiledKernel:
+    """The kernel that :func:`gemm` launches for these operands, compiled if need be. Same arguments and errors.
+
+    Raises:
+        TargetError: besides, if the operands are on a CPU and nothing is emulated.
+    """
+    target = site(a.device)
+    if target is None:
+        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    check_kernel_operands(a, b, out_dtype, target)
+    name, n = FLOATS[out_dtype], b.shape[-2]
+    spec = GemmSpec(
+        activation="nvfp4",
+        out_dtype=name,
+        bias=None if bias is None else FLOATS[bias.dtype],
+        aligned_rows=n * FLOAT_BYTES[name] % TMA_ROW_BYTES == 0,
+    )
+    return kernel_for(spec, tile or choose_tile(spec, a.shape[-2], target), target.name)
+
+
+def check_kernel_operands(a: NVFP4Tensor, b: NVFP4Tensor, out_dtype: torch.dtype, target: Target) -> None:
+    """What a kernel demands beyond :func:`reference.check_operands`."""
+    if out_dtype not in FLOATS:
+        raise OperandError(f"out_dtype is {out_dtype}; kernels write {', '.join(map(str, FLOATS))}")
+    if a.batch_shape != b.batch_shape:
+        raise OperandError(
+            f"batches differ: a is {tuple(a.shape)}, b is {tuple(b.shape)}; kernels take equal batches, so expand one"
+        )
+    for name, operand in (("a", a), ("b", b)):
+        if operand.layout != target.layout:
+            raise LayoutError(
+                f"{name} is in layout {operand.layout!r}, but {target.name} reads {target.layout!r}; convert it once "
+                f"with nvfp4dsl.prepare({name}, {target.name!r}). Nothing is repacked inside a call"
+            )
+
+
+def _arguments(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> tuple[Any, ...]:
+    """The kernel's arguments but the last: views with the batch flattened to one dimension."""
+    m, n = out.shape[-2:]
+    batch = out.numel() // (m * n)
+    alpha_a = a.global_scale.expand(a.batch_shape).reshape(batch)
+    alpha_b = b.row_scale().reshape(batch, n)
+    return (
+        a.qdata.view(batch, m, -1),
+        a.scale.view(torch.uint8).view(batch, *a.scale.shape[-3:]),
+        b.qdata.view(batch, n, -1),
+        b.scale.view(torch.uint8).view(batch, *b.scale.shape[-3:]),
+        alpha_a,
+        alpha_b,
+        bias,
+        out.view(batch, m, n),
+    )
+
+
+def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
+    """Launch a dense kernel on its arguments (all but ``max_ctas``) where they live."""
+    device = arguments[0].device
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel(*arguments, _sm_count(device.index))
+        return
+    emulation = _emulation.get()
+    if emulation is None:
+        raise TargetError("a compiled kernel cannot run on CPU tensors; enter nvfp4dsl.emulate(target) first")
+    (launch,) = capture(kernel.object_path, kernel.symbol, (*arguments, emulation.max_ctas), ARGUMENTS, outputs=("c",))
+    before = copy.deepcopy(launch)
+    report = emulator.run(kernel.ptx, launch, seed=emulation.seed)
+    emulation.runs.append(Run(kernel, before, report))
+    out = arguments[ARGUMENTS.index("c")]
+    out.view(-1).view(torch.uint8).copy_(torch.from_numpy(launch.buffer("c").data))

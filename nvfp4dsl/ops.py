@@ -1,0 +1,184 @@
+"""What people call: quantize once, then ``linear`` and ``mm``; and the torch operators beneath them.
+
+The operators take plain tensors, have fake kernels, and so pass through ``torch.compile`` and ``opcheck``. Each runs
+where its operands live (:mod:`nvfp4dsl.dispatch`): the oracle on a CPU, the real kernel on a GPU or inside
+``emulate``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4dsl import dispatch, reference
+from nvfp4dsl.config import TileConfig
+from nvfp4dsl.errors import TargetError
+from nvfp4dsl.formats import NVFP4Tensor
+from nvfp4dsl.packing import prepare
+
+
+def quantize(
+    x: torch.Tensor,
+    global_scale: torch.Tensor | float | None = None,
+    *,
+    row_ends: tuple[int, ...] | None = None,
+    per_matrix: bool = False,
+) -> NVFP4Tensor:
+    """Quantize a tensor to NVFP4, in the layout its device reads: canonical on a CPU, the device's own on a GPU, the
+    emulated target's inside ``emulate``. Arguments, recipe and errors: :func:`nvfp4dsl.reference.quantize`.
+    """
+    quantized = reference.quantize(x, global_scale, row_ends=row_ends, per_matrix=per_matrix)
+    target = dispatch.site(x.device)
+    return quantized if target is None else prepare(quantized, target.name)
+
+
+def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The values of an NVFP4 tensor in any layout, [..., N, K]; see :func:`nvfp4dsl.reference.dequantize`."""
+    return reference.dequantize(t, dtype)
+
+
+def mm(
+    a: NVFP4Tensor,
+    b: NVFP4Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    tile: TileConfig | str | None = None,
+) -> torch.Tensor:
+    """``a @ b.T + bias`` of two NVFP4 tensors.
+
+    Args:
+        a: [..., M, K]; one global scale a matrix at most.
+        b: [..., N, K], the same batch and K; its global scale may differ by row range.
+        bias: [N], bfloat16, float16 or float32; added in fp32.
+        out_dtype: bfloat16, float16 or float32.
+        tile: force a tile, e.g. ``"128x128x256"``; by default the device's best known one for the shape.
+
+    Returns:
+        [..., M, N]; empty if M = 0.
+
+    Raises:
+        OperandError, LayoutError, TileError, TargetError: see :func:`nvfp4dsl.dispatch.gemm`.
+    """
+    reference.check_operands(a, b, bias, out_dtype)
+    if tile is not None:
+        forced = TileConfig.parse(tile) if isinstance(tile, str) else tile
+        return dispatch.gemm(a, b, bias, out_dtype=out_dtype, tile=forced)
+    return torch.ops.nvfp4dsl.mm(
+        a.qdata, a.scale, a.global_scale, a.layout, b.qdata, b.scale, b.global_scale, b.layout,
+        list(b.row_ends or ()), a.k, bias, out_dtype,
+    )  # fmt: skip
+
+
+def linear(
+    x: torch.Tensor,
+    weight: NVFP4Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T + bias``, differentiable with respect to ``x`` (through the dequantized weight, which is frozen).
+
+    Args:
+        x: bf16, fp16 or fp32 [..., K], any strides.
+        weight: [N, K], or [..., N, K] with x's batch dimensions.
+        bias: [N], added in fp32.
+        activation: the numeric mode: ``"bf16"`` leaves x as it is (W4A16, the default), ``"nvfp4"`` quantizes it with a
+            global scale of its own (W4A4). Nothing else changes it, on any device or at any M.
+
+    Returns:
+        [..., N] in x's dtype; empty if x has no rows.
+
+    Raises:
+        OperandError: shapes, dtypes or devices do not match.
+        ModeError: unknown activation mode.
+        TargetError: the device has no kernel for the mode.
+    """
+    mode = activation or "bf16"
+    reference.check_linear(x, weight, bias, mode)
+    return torch.ops.nvfp4dsl.linear(
+        x, weight.qdata, weight.scale, weight.global_scale, weight.layout, list(weight.row_ends or ()), weight.k,
+        bias, mode,
+    )  # fmt: skip
+
+
+def _tensor(
+    qdata: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor, layout: str, row_ends: list[int], k: int
+) -> NVFP4Tensor:
+    """The container around an operator's tensors, which were validated when they were first put into one."""
+    return NVFP4Tensor.unchecked(
+        qdata=qdata,
+        scale=scale,
+        global_scale=global_scale,
+        layout=layout,
+        row_ends=tuple(row_ends) or None,
+        k=k,
+    )
+
+
+@torch.library.custom_op("nvfp4dsl::mm", mutates_args=())
+def _mm(
+    a_qdata: torch.Tensor,
+    a_scale: torch.Tensor,
+    a_global: torch.Tensor,
+    a_layout: str,
+    b_qdata: torch.Tensor,
+    b_scale: torch.Tensor,
+    b_global: torch.Tensor,
+    b_layout: str,
+    row_ends: list[int],
+    k: int,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    a = _tensor(a_qdata, a_scale, a_global, a_layout, [], k)
+    b = _tensor(b_qdata, b_scale, b_global, b_layout, row_ends, k)
+    return dispatch.gemm(a, b, bias, out_dtype=out_dtype)
+
+
+@_mm.register_fake
+def _(a_qdata, a_scale, a_global, a_layout, b_qdata, b_scale, b_global, b_layout, row_ends, k, bias, out_dtype):
+    return a_qdata.new_empty((*a_qdata.shape[:-1], b_qdata.shape[-2]), dtype=out_dtype)
+
+
+@torch.library.custom_op("nvfp4dsl::linear", mutates_args=())
+def _linear(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    layout: str,
+    row_ends: list[int],
+    k: int,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    weight = _tensor(qdata, scale, global_scale, layout, row_ends, k)
+    target = dispatch.site(x.device)
+    if target is None:
+        return reference.linear(x, weight, bias, activation)
+    if activation == "bf16":
+        raise TargetError(
+            f"{target.name} has no W4A16 kernel yet; activation='nvfp4' (W4A4) runs on sm_120a and sm_121a, and the "
+            "mode is yours to choose"
+        )
+    rows = x if weight.batch_shape else x.reshape(-1, x.shape[-1])
+    y = dispatch.gemm(prepare(reference.quantize(rows), target.name), weight, bias, out_dtype=x.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[-2])
+
+
+@_linear.register_fake
+def _(x, qdata, scale, global_scale, layout, row_ends, k, bias, activation):
+    return x.new_empty((*x.shape[:-1], qdata.shape[-2]))
+
+
+def _save_for_backward(ctx, inputs, output):
+    _, qdata, scale, global_scale, ctx.layout, ctx.row_ends, ctx.k, _, _ = inputs
+    ctx.save_for_backward(qdata, scale, global_scale)
+
+
+def _linear_backward(ctx, grad):
+    weight = _tensor(*ctx.saved_tensors, ctx.layout, ctx.row_ends, ctx.k)
+    return grad @ reference.dequantize(weight, grad.dtype), *[None] * 8
+
+
+_linear.register_autograd(_linear_backward, setup_context=_save_for_backward)

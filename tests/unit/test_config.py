@@ -1,0 +1,93 @@
+"""Targets, legality and the shared-memory plan."""
+
+import dataclasses
+
+import pytest
+
+from nvfp4dsl.config import MAX_ACCUMULATORS, TILES, GemmSpec, TileConfig, legal, plan, total_bytes
+from nvfp4dsl.errors import TargetError, TileError
+from nvfp4dsl.targets import DEVICES, TARGETS, get_target, target_of_capability
+
+SM12X = ("sm_120a", "sm_121a")
+
+
+def test_every_device_names_a_target():
+    for device in DEVICES:
+        assert device.target in TARGETS
+
+
+def test_unknown_target_is_refused_with_the_known_ones():
+    with pytest.raises(TargetError, match="sm_121a"):
+        get_target("sm_89")
+    with pytest.raises(TargetError, match=r"8\.9"):
+        target_of_capability(8, 9)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_capability_finds_the_target_again(name):
+    assert target_of_capability(*TARGETS[name].capability) is TARGETS[name]
+
+
+@pytest.mark.parametrize("target", SM12X)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("out_dtype", ["bf16", "fp16", "fp32"])
+def test_shipped_tiles_are_legal_and_fill_shared_memory(target, tile, out_dtype):
+    spec = GemmSpec(out_dtype=out_dtype)
+    assert legal(spec, tile, target) == []
+    planned = plan(spec, tile, target)
+    capacity = get_target(target).smem_per_block
+    assert planned.smem_bytes <= capacity
+    one_more = dataclasses.replace(tile, stages=planned.stages + 1)
+    assert any(str(capacity) in reason for reason in legal(spec, one_more, target))
+
+
+def test_stage_count_includes_barriers_and_alignment():
+    """128x128x128 with bf16 output: 5 stages and one store buffer are the 101,376 bytes to the last one."""
+    planned = plan(GemmSpec(), TileConfig(128, 128, 128), "sm_121a")
+    assert (planned.stages, planned.epilogue_stages, planned.smem_bytes) == (5, 1, 101_376)
+    assert planned.smem[0].name == "barriers"
+    assert planned.smem[0].bytes == 2 * 5 * 8
+    # 80 bytes of barriers push the first buffer to the next 1024: forgetting that is how tiles overflow
+    assert planned.smem_bytes == 1024 + sum(field.bytes for field in planned.smem[1:])
+    assert total_bytes(planned.smem[:1]) == 80
+
+
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (TileConfig(256, 256, 128), [str(MAX_ACCUMULATORS), "256"]),
+        (TileConfig(128, 128, 256, stages=3), ["101376", "bytes"]),
+        (TileConfig(96, 128, 128), ["M=96", "64"]),
+        (TileConfig(128, 96, 128), ["N=96", "128"]),
+        (TileConfig(128, 128, 64), ["K=64"]),
+        (TileConfig(128, 128, 128, stages=1), ["1 stages"]),
+    ],
+    ids=str,
+)
+def test_illegal_tiles_say_why(tile, words):
+    reasons = legal(GemmSpec(), tile, "sm_121a")
+    assert reasons
+    with pytest.raises(TileError) as error:
+        plan(GemmSpec(), tile, "sm_121a")
+    assert error.value.reasons == reasons
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+def test_targets_without_a_kernel_say_so(target):
+    assert any("nvfp4" in reason for reason in legal(GemmSpec(), TILES[0], target))
+
+
+def test_spec_refuses_unknown_types():
+    for field, value in (("activation", "fp8"), ("out_dtype", "int8"), ("bias", "int8")):
+        with pytest.raises(ValueError, match=value):
+            GemmSpec(**{field: value})
+
+
+def test_tile_text_round_trips():
+    for tile in (*TILES, TileConfig(128, 128, 128, 3)):
+        assert TileConfig.parse(str(tile)) == tile
+    for text in ("128", "128x128", "axbxc", "1x2x3x4x5"):
+        with pytest.raises(TileError, match="MxNxK"):
+            TileConfig.parse(text)

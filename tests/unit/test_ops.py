@@ -1,0 +1,150 @@
+"""The public operations on a CPU: values of the oracle, bad input, torch integration. No kernel is compiled here."""
+
+import pytest
+import torch
+
+import nvfp4dsl as nv
+from nvfp4dsl import reference
+from nvfp4dsl.testing import bits_differing, relative_error
+
+
+def _random(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_mm_is_the_oracle_in_every_layout():
+    a, b = nv.quantize(_random(5, 48)), nv.quantize(_random(7, 48, seed=1))
+    expected = nv.dequantize(a, torch.float64) @ nv.dequantize(b, torch.float64).mT
+    y = nv.mm(a, b, out_dtype=torch.float32)
+    assert relative_error(y, expected) < 1e-7
+    assert bits_differing(nv.mm(nv.prepare(a, "sm_121a"), nv.prepare(b, "sm_100a"), out_dtype=torch.float32), y) == 0
+
+
+@pytest.mark.parametrize("activation", ["bf16", "nvfp4", None])
+def test_linear_follows_the_mode_it_is_given(activation):
+    x, weight, bias = _random(2, 3, 64), nv.quantize(_random(9, 64, seed=1)), _random(9, seed=2)
+    values = nv.dequantize(nv.quantize(x)) if activation == "nvfp4" else x
+    expected = values.double() @ nv.dequantize(weight, torch.float64).mT + bias.double()
+    y = nv.linear(x, weight, bias, activation=activation)
+    assert y.dtype == x.dtype
+    assert relative_error(y, expected) < 3e-3
+    other = x if activation == "nvfp4" else nv.dequantize(nv.quantize(x))
+    assert relative_error(y, other.double() @ nv.dequantize(weight, torch.float64).mT + bias.double()) > 3e-2
+
+
+def test_strides_of_activations_do_not_matter():
+    weight = nv.quantize(_random(8, 32))
+    x = _random(32, 6, seed=1).mT
+    assert not x.is_contiguous()
+    for activation in ("bf16", "nvfp4"):
+        y = nv.linear(x, weight, activation=activation)
+        assert bits_differing(y, nv.linear(x.contiguous(), weight, activation=activation)) == 0
+
+
+def test_no_rows_give_an_empty_result():
+    weight = nv.quantize(_random(8, 32))
+    for activation in ("bf16", "nvfp4"):
+        assert nv.linear(_random(0, 32), weight, activation=activation).shape == (0, 8)
+    empty = nv.quantize(_random(0, 32))
+    assert nv.mm(empty, weight).shape == (0, 8)
+    with nv.emulate("sm_121a") as emulation:
+        assert nv.linear(_random(0, 32), nv.prepare(weight, "sm_121a"), activation="nvfp4").shape == (0, 8)
+    assert emulation.runs == []
+
+
+def _bad_calls():
+    x, w = _random(4, 32), nv.quantize(_random(8, 32, seed=1))
+    prepared = nv.prepare(w, "sm_121a")
+    yield "K differs", nv.OperandError, lambda: nv.mm(nv.quantize(_random(4, 48)), w), "48"
+    yield "not quantized", nv.OperandError, lambda: nv.mm(x, w), "quantize"
+    yield "weight not quantized", nv.OperandError, lambda: nv.linear(x, x), "quantize"
+    yield "dtype of x", nv.OperandError, lambda: nv.linear(x.int(), w), "int32"
+    yield "K of x", nv.OperandError, lambda: nv.linear(_random(4, 30), w), "30"
+    yield "K not a multiple of 16", nv.OperandError, lambda: nv.quantize(_random(4, 40)), "multiple of 16"
+    yield "infinite weight", nv.OperandError, lambda: nv.quantize(_random(4, 32) / 0), "finite"
+    yield "bias shape", nv.OperandError, lambda: nv.mm(w, w, _random(9)), "bias"
+    yield "bias dtype", nv.OperandError, lambda: nv.mm(w, w, torch.zeros(8, dtype=torch.int32)), "int32"
+    yield "out_dtype", nv.OperandError, lambda: nv.mm(w, w, out_dtype=torch.int8), "int8"
+    yield "mode", nv.ModeError, lambda: nv.linear(x, w, activation="fp8"), "nvfp4"
+    yield "target", nv.TargetError, lambda: nv.prepare(w, "sm_89"), "sm_121a"
+    yield "target of emulate", nv.TargetError, lambda: nv.emulate("sm_75").__enter__(), "sm_121a"
+    yield "tile on the CPU", nv.TileError, lambda: nv.mm(w, w, tile="128x128x128"), "emulate"
+    yield "tile text", nv.TileError, lambda: nv.mm(w, w, tile="big"), "MxNxK"
+    yield "two devices", nv.OperandError, lambda: nv.mm(w.to("meta"), w), "meta"
+    yield "scale shape", nv.OperandError, lambda: nv.NVFP4Tensor(w.qdata, w.scale[:, :1], w.global_scale), "scale"
+    yield "K strided", nv.OperandError, lambda: nv.NVFP4Tensor(w.qdata.mT.contiguous().mT, w.scale, w.global_scale), "K"
+    yield (
+        "layout unknown",
+        nv.LayoutError,
+        lambda: nv.NVFP4Tensor(prepared.qdata, prepared.scale, prepared.global_scale, layout="volta", k=32),
+        "blackwell",
+    )
+
+
+@pytest.mark.parametrize("case", list(_bad_calls()), ids=lambda c: c[0])
+def test_bad_input_is_a_typed_error(case):
+    _, kind, call, word = case
+    with pytest.raises(kind, match=word):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "word"),
+    [
+        (lambda x, w, p: nv.mm(nv.prepare(w, "sm_121a"), w), nv.LayoutError, "prepare"),
+        (lambda x, w, p: nv.linear(x, w, activation="nvfp4"), nv.LayoutError, "prepare"),
+        (lambda x, w, p: nv.linear(x, p), nv.TargetError, "activation='nvfp4'"),
+        (lambda x, w, p: nv.linear(x, p, activation="nvfp4", bias=_random(3)), nv.OperandError, "bias"),
+        (lambda x, w, p: nv.mm(p, p, tile="256x256x128"), nv.TileError, "128"),
+        (lambda x, w, p: nv.mm(p, p, tile="128x128x256x9"), nv.TileError, "101376"),
+        (lambda x, w, p: nv.mm(p, p, out_dtype=torch.float64), nv.OperandError, "float64"),
+    ],
+)
+def test_bad_input_never_launches(call, kind, word):
+    x, w = _random(4, 32), nv.quantize(_random(8, 32, seed=1))
+    with nv.emulate("sm_121a") as emulation, pytest.raises(kind, match=word):
+        call(x, w, nv.prepare(w, "sm_121a"))
+    assert emulation.runs == []
+
+
+def test_emulate_ends_with_its_block_and_nests():
+    w = nv.quantize(_random(8, 32))
+    with nv.emulate("sm_120a") as outer:
+        with nv.emulate("sm_121a", seed=3) as inner:
+            assert nv.quantize(_random(8, 32)).layout == "blackwell"
+            assert (inner.target.name, inner.seed) == ("sm_121a", 3)
+        assert outer.target.name == "sm_120a"
+    assert nv.quantize(_random(8, 32)).layout == "canonical"
+    assert nv.mm(w, w).shape == (8, 8)
+
+
+def test_gradient_goes_through_the_dequantized_weight():
+    x, weight = _random(3, 32, dtype=torch.float32).requires_grad_(), nv.quantize(_random(5, 32, seed=1))
+    grad = _random(3, 5, seed=2, dtype=torch.float32)
+    for activation in ("bf16", "nvfp4"):
+        x.grad = None
+        nv.linear(x, weight, activation=activation).backward(grad)
+        assert relative_error(x.grad, grad @ nv.dequantize(weight)) < 1e-6
+
+
+def test_operators_pass_opcheck():
+    x, w, bias = _random(3, 32), nv.quantize(_random(5, 32, seed=1)), _random(5)
+    parts = (w.qdata, w.scale, w.global_scale, w.layout)
+    torch.library.opcheck(torch.ops.nvfp4dsl.mm.default, (*parts, *parts, [], 32, bias, torch.bfloat16))
+    for activation in ("bf16", "nvfp4"):
+        args = (x.float().requires_grad_(), *parts, [], 32, bias, activation)
+        torch.library.opcheck(torch.ops.nvfp4dsl.linear.default, args)
+
+
+def test_fake_kernels_know_the_prepared_shapes():
+    w = nv.prepare(nv.quantize(_random(5, 48)), "sm_121a")
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 3, 48, dtype=torch.bfloat16)
+        assert nv.linear(x, w).shape == (2, 3, 5)
+
+
+def test_quantize_defaults_agree_with_the_reference():
+    x = _random(6, 64)
+    ours, oracle = nv.quantize(x), reference.quantize(x)
+    assert torch.equal(ours.qdata, oracle.qdata)
+    assert torch.equal(ours.scale.view(torch.uint8), oracle.scale.view(torch.uint8))
