@@ -25,6 +25,7 @@ CLOSURE = {
         "kernels/**/*.py",
         "config.py",
         "constants.py",
+        "errors.py",
         "formats.py",
         "layouts.py",
         "targets.py",
@@ -33,7 +34,7 @@ CLOSURE = {
     "patches": ("**/*.py",),
 }
 """What of this package takes part in a compilation: globs below the two folders it is installed from. A test holds it
-against what a worker really imports."""
+against the import graph."""
 
 ROOTS = {"nvfp4dsl": Path(__file__).parents[1], "patches": Path(patches.__file__).parent}
 

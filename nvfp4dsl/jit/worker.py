@@ -44,7 +44,6 @@ class Product:
         seconds: spent building, compiling and exporting.
         cuda: version of the toolkit inside the DSL.
         patches: names of the patches in force.
-        modules: files of this package that are imported, for the check of the key's closure.
     """
 
     object: bytes
@@ -54,7 +53,6 @@ class Product:
     seconds: float
     cuda: str
     patches: list[str]
-    modules: list[str]
 
 
 def compile_kernel(request: Request, target: str) -> Product:
@@ -81,11 +79,6 @@ def compile_kernel(request: Request, target: str) -> Product:
         seconds=time.perf_counter() - start,
         cuda=f"{cutlass.CUDA_VERSION.major}.{cutlass.CUDA_VERSION.minor}",
         patches=active,
-        modules=sorted(
-            file
-            for name, loaded in sys.modules.items()
-            if name.split(".")[0] == "nvfp4dsl" and (file := getattr(loaded, "__file__", None))
-        ),
     )
 
 
