@@ -116,9 +116,10 @@ class Store:
             if meta.get("format") != FORMAT or meta.get("key") != key:
                 raise _DamagedError("meta.json is of another entry or version")
             contents = {name: self._file(folder / name) for name in FILES}
+        contents[META] = _canonical(meta)
         digests = meta.get("sha256")
         for name, data in contents.items():
-            if not isinstance(digests, dict) or hashlib.sha256(data).hexdigest() != digests.get(name):
+            if not isinstance(digests, dict) or _sha256(data) != digests.get(name):
                 raise _DamagedError(f"{name} is not what was written")
         if not {"target", "host", "symbol"} <= meta.keys():
             raise _DamagedError("meta.json is incomplete")
@@ -243,7 +244,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, files: dict[str, bytes], meta: dict[str, Any]) -> None:
-        meta["sha256"] = {name: hashlib.sha256(files[name]).hexdigest() for name in FILES}
+        meta["sha256"] = {name: _sha256(files[name]) for name in FILES} | {META: _sha256(_canonical(meta))}
         with self._explained("write to"), self._staging() as stage:
             folder = stage / meta["key"]
             folder.mkdir(mode=0o700)
@@ -369,6 +370,15 @@ class Store:
         else:
             remedy = "Set NVFP4DSL_CACHE_DIR to a folder that you may write to"
         return CacheError(f"cannot {doing} the kernel cache {self.root}: {error.strerror or error}. {remedy}")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical(meta: dict[str, Any]) -> bytes:
+    """``meta.json`` but for the digests it holds."""
+    return json.dumps({k: v for k, v in meta.items() if k != "sha256"}, sort_keys=True).encode()
 
 
 def _is_full(error: OSError) -> bool:
