@@ -1,0 +1,170 @@
+"""Asynchronous copies: bulk and tensor, in both directions, and the groups that threads wait for.
+
+An :class:`Operation` is issued at one point and takes effect later, in steps that the scheduler picks at random: a load
+writes shared memory and then completes its bytes; a store reads shared memory and then writes global memory. Until
+someone waits for it, nothing is known about when.
+
+A thread's bulk stores finish, as far as it may assume, in the order in which it issued them. They therefore form two
+agents, one whose events are the reads of shared memory, one whose events are the writes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nvfp4dsl.emulator.clocks import Clocks, Knowledge
+from nvfp4dsl.emulator.faults import UnfinishedBulk
+
+
+@dataclass(eq=False)
+class Operation:
+    """One copy in flight.
+
+    ``knowledge`` is what happened before its issue; ``event`` numbers it within its agents; ``steps`` are what it still
+    has to do. A store's first step reads its source: ``read_done`` from then on.
+    """
+
+    cta: int
+    warp: int
+    pc: int
+    knowledge: Knowledge
+    read_agent: int
+    write_agent: int
+    event: int
+    steps: list[Callable[[Operation], None]] = field(default_factory=list)
+    is_load: bool = True
+    read_done: bool = False
+
+    @property
+    def done(self) -> bool:
+        return not self.steps
+
+
+@dataclass(eq=False)
+class _Group:
+    operations: list[Operation]
+    read_waited: bool = False
+
+
+@dataclass
+class _Thread:
+    """One thread's bulk groups: copies not committed yet, and committed groups, oldest first."""
+
+    open: list[Operation] = field(default_factory=list)
+    groups: list[_Group] = field(default_factory=list)
+
+
+class AsyncCopies:
+    """All copies in flight of the resident CTAs."""
+
+    def __init__(self, clocks: Clocks, on_change: Callable[[], None]) -> None:
+        self.clocks, self.on_change = clocks, on_change
+        self.in_flight: list[Operation] = []
+        self.current: Operation | None = None  # the copy whose step is being done
+        self.count = 0
+        self.threads: dict[tuple[int, int], _Thread] = defaultdict(_Thread)
+        self._store_agents: dict[tuple[int, int], list[int]] = {}
+
+    # --- issue
+
+    def load(self, warp: int, pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
+        """Issue a copy into shared memory; its completion is seen through an mbarrier."""
+        cta = warp // self.clocks.warps_per_cta
+        knowledge = self.clocks.release(warp)
+        agent, event = self.clocks.load_agent(cta, knowledge)
+        return self._issue(Operation(cta, warp, pc, knowledge, agent, agent, event, steps))
+
+    def store(self, warp: int, lanes: list[int], pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
+        """Issue a copy out of shared memory by ``lanes`` together; it joins the open bulk group of each."""
+        cta = warp // self.clocks.warps_per_cta
+        thread = (warp, lanes[0])
+        if thread not in self._store_agents:
+            who = f"bulk store of warp {self.clocks.own[warp]}"
+            self._store_agents[thread] = [self.clocks.new_agent(cta, who), self.clocks.new_agent(cta, who), 0]
+        agents = self._store_agents[thread]
+        agents[2] += 1
+        operation = Operation(cta, warp, pc, self.clocks.release(warp), *agents, steps, is_load=False)
+        for lane in lanes:
+            self.threads[warp, lane].open.append(operation)
+        return self._issue(operation)
+
+    def _issue(self, operation: Operation) -> Operation:
+        self.in_flight.append(operation)
+        self.count += 1
+        self.on_change()
+        return operation
+
+    def advance(self, rng: np.random.Generator) -> Operation:
+        """Let one copy, chosen at random, do its next step."""
+        index = int(rng.integers(len(self.in_flight)))
+        self.current = operation = self.in_flight[index]
+        step = operation.steps.pop(0)
+        operation.read_done = True
+        if operation.done:
+            self.in_flight.pop(index)
+        self.on_change()
+        step(operation)
+        return operation
+
+    # --- groups
+
+    def commit(self, warp: int, lanes: list[int]) -> None:
+        for lane in lanes:
+            thread = self.threads[warp, lane]
+            thread.groups.append(_Group(thread.open))
+            thread.open = []
+
+    def over(self, warp: int, lanes: list[int], keep: int, read_only: bool) -> bool:
+        """Whether all but the newest ``keep`` groups of these lanes are over (or have read their source)."""
+        return all(
+            operation.read_done if read_only else operation.done
+            for lane in lanes
+            for group in self._older(warp, lane, keep)
+            for operation in group.operations
+        )
+
+    def wait(self, warp: int, lanes: list[int], keep: int, read_only: bool) -> None:
+        """Order all but the newest ``keep`` groups of these lanes before the warp's next steps."""
+        for lane in lanes:
+            for group in self._older(warp, lane, keep):
+                group.read_waited = True
+                for operation in group.operations:
+                    self.clocks.observe(warp, operation.read_agent, operation.event)
+                    if not read_only:
+                        self.clocks.observe(warp, operation.write_agent, operation.event)
+            if not read_only:
+                groups = self.threads[warp, lane].groups
+                del groups[: max(0, len(groups) - keep)]
+
+    def _older(self, warp: int, lane: int, keep: int) -> list[_Group]:
+        groups = self.threads[warp, lane].groups
+        return groups[: max(0, len(groups) - keep)]
+
+    # --- the end
+
+    def thread_exits(self, warp: int, lane: int) -> None:
+        """A thread must have committed its bulk stores, and waited until their sources were read."""
+        thread = self.threads.get((warp, lane))
+        if thread is None:
+            return
+        if thread.open:
+            raise UnfinishedBulk(f"lane {lane} exits with {len(thread.open)} bulk stores never committed", warp=warp)
+        waiting = sum(not g.read_waited and bool(g.operations) for g in thread.groups)
+        if waiting:
+            raise UnfinishedBulk(
+                f"lane {lane} exits with {waiting} bulk groups that may still be reading shared memory "
+                "(no cp.async.bulk.wait_group covers them)",
+                warp=warp,
+            )
+
+    def cta_ends(self, cta: int) -> None:
+        """No load may be in flight when its CTA ends."""
+        late = [o for o in self.in_flight if o.cta == cta and o.is_load]
+        if late:
+            raise UnfinishedBulk(
+                f"the CTA ends with {len(late)} asynchronous loads in flight into its shared memory", warp=late[0].warp
+            )

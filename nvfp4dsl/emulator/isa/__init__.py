@@ -1,0 +1,23 @@
+"""What each instruction does: one table, keyed by the opcode's pattern, filled by the modules of this package.
+
+A module registers a *factory*: given the parsed instruction and the machine, it returns a function that executes the
+instruction on a :class:`~nvfp4dsl.emulator.warps.Group`. Decoding thus happens once, execution works on all lanes of
+all warps of the group at once.
+"""
+
+from nvfp4dsl.emulator.isa import (  # noqa: F401  (imported for the table they fill)
+    bulk,
+    compare,
+    control,
+    convert,
+    data,
+    floating,
+    integer,
+    matrix,
+    packed,
+    sync,
+    warp,
+)
+from nvfp4dsl.emulator.isa.table import Step, compile_program
+
+__all__ = ["Step", "compile_program"]

@@ -1,0 +1,141 @@
+"""Bulk copies, plain and through tensor maps, and their groups.
+
+The hardware issues such a copy once for a warp whose lanes make the same request, so lanes of one warp with equal
+operands count as one request. Its bulk group is then that of each lane.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nvfp4dsl.emulator import tma
+from nvfp4dsl.emulator.faults import Misaligned
+from nvfp4dsl.emulator.isa.table import Blocking, Translator, instruction
+from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_WINDOW
+from nvfp4dsl.emulator.ptx import Instruction
+from nvfp4dsl.emulator.warps import Group
+
+_HINTS = r"(\.L2::cache_hint)?"
+
+
+def _shared(t: Translator, operand: object):
+    read = t.address(operand)
+    return lambda g: np.where(read(g) >= SHARED_WINDOW, read(g) - np.uint64(SHARED_WINDOW), read(g))
+
+
+def _requests(g: Group, *arrays: np.ndarray):
+    """(warp, lanes, values) for each distinct request of each warp."""
+    arrays = tuple(np.broadcast_to(a, g.mask.shape) for a in arrays)
+    for row in g.rows():
+        lanes = np.flatnonzero(g.mask[row])
+        table: dict[tuple, list[int]] = {}
+        for lane in lanes.tolist():
+            table.setdefault(tuple(int(a[row, lane]) for a in arrays), []).append(lane)
+        for values, members in table.items():
+            yield int(g.warps[row]), members, values
+
+
+def _tensor(t: Translator, operand: object):
+    """(map address, coordinates..) readers of ``[map, {c0, ..}]``."""
+    (coordinates,) = operand.coordinates
+    return [t.address(operand)] + [t.read(c, "s32") for c in coordinates.items]
+
+
+@instruction(
+    rf"cp\.async\.bulk\.tensor\.[1-5]d\.shared::(cta|cluster)\.global(\.tile)?\.mbarrier::complete_tx::bytes{_HINTS}"
+)
+def tensor_load(t: Translator, i: Instruction):
+    target, barrier = _shared(t, i.operands[0]), _shared(t, i.operands[2])
+    readers = [target, barrier, *_tensor(t, i.operands[1])]
+    machine = t.machine
+
+    def run(g: Group) -> None:
+        for warp, _, (smem, mbar, where, *coordinates) in _requests(g, *[r(g) for r in readers]):
+            box = tma.box(tma.descriptor_at(machine, where, warp), coordinates, smem, warp)
+            tma.issue_load(machine, warp, g.pc, box, mbar)
+
+    return run
+
+
+@instruction(rf"cp\.async\.bulk\.tensor\.[1-5]d\.global\.shared::cta(\.tile)?\.bulk_group{_HINTS}")
+def tensor_store(t: Translator, i: Instruction):
+    readers = [_shared(t, i.operands[1]), *_tensor(t, i.operands[0])]
+    machine = t.machine
+
+    def run(g: Group) -> None:
+        for warp, lanes, (smem, where, *coordinates) in _requests(g, *[r(g) for r in readers]):
+            box = tma.box(tma.descriptor_at(machine, where, warp), coordinates, smem, warp)
+            tma.issue_store(machine, warp, lanes, g.pc, box)
+
+    return run
+
+
+@instruction(rf"cp\.async\.bulk\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes{_HINTS}")
+def linear_load(t: Translator, i: Instruction):
+    readers = [_shared(t, i.operands[0]), t.address(i.operands[1]), t.read(i.operands[2], "u32"), _shared(t, i.operands[3])]
+    machine = t.machine
+
+    def run(g: Group) -> None:
+        for warp, _, (smem, source, size, mbar) in _requests(g, *[r(g) for r in readers]):
+            _require_16(warp, smem, source, size)
+            tma.issue_load(machine, warp, g.pc, tma.line(source, smem, size), mbar)
+
+    return run
+
+
+@instruction(rf"cp\.async\.bulk\.global\.shared::cta\.bulk_group{_HINTS}")
+def linear_store(t: Translator, i: Instruction):
+    readers = [t.address(i.operands[0]), _shared(t, i.operands[1]), t.read(i.operands[2], "u32")]
+    machine = t.machine
+
+    def run(g: Group) -> None:
+        for warp, lanes, (target, smem, size) in _requests(g, *[r(g) for r in readers]):
+            _require_16(warp, smem, target, size)
+            tma.issue_store(machine, warp, lanes, g.pc, tma.line(target, smem, size))
+
+    return run
+
+
+def _require_16(warp: int, smem: int, address: int, size: int) -> None:
+    for name, value in (("shared address", smem), ("global address", address), ("size", size)):
+        if value % 16:
+            raise Misaligned(f"bulk copy: {name} {value:#x} must be a multiple of 16", warp=warp)
+
+
+@instruction(r"cp\.async\.bulk\.commit_group")
+def commit(t: Translator, i: Instruction):
+    def run(g: Group) -> None:
+        for row in g.rows():
+            t.machine.copies.commit(int(g.warps[row]), np.flatnonzero(g.mask[row]).tolist())
+
+    return run
+
+
+@instruction(r"cp\.async\.bulk\.wait_group(\.read)?", Blocking)
+def wait_group(t: Translator, i: Instruction):
+    machine, keep, read_only = t.machine, t.constant(i.operands[0]), i.parts[-1] == "read"
+
+    def run(g: Group) -> np.ndarray | None:
+        stay = None
+        for row in g.rows():
+            warp, lanes = int(g.warps[row]), np.flatnonzero(g.mask[row]).tolist()
+            over = lambda w=warp, m=lanes: machine.copies.over(w, m, keep, read_only)  # noqa: E731
+            if over():
+                machine.copies.wait(warp, lanes, keep, read_only)
+            else:
+                stay = np.zeros_like(g.mask) if stay is None else stay
+                stay[row] = g.mask[row]
+                machine.block(g, row, g.pc, over, lambda: "its bulk groups")
+        return stay
+
+    return run
+
+
+@instruction(r"tensormap\..+")
+def tensormap_change(t: Translator, i: Instruction):
+    from nvfp4dsl.emulator.faults import UnknownInstruction
+
+    raise UnknownInstruction("tensor maps are read-only here")
+
+
+__all__ = ["PARAM_WINDOW"]

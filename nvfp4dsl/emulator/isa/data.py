@@ -1,0 +1,239 @@
+"""Moves, loads, stores and atomics.
+
+A scope or an ordering on a load or store changes nothing here: order comes from barriers only, so a kernel that
+synchronises through flags in global memory is reported as a race. Atomics on global memory are not part of the race check.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nvfp4dsl.emulator.faults import OutOfBounds
+from nvfp4dsl.emulator.isa.table import Translator, instruction
+from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE, Author, require_aligned
+from nvfp4dsl.emulator.ptx import WIDTH, Instruction, Vector
+from nvfp4dsl.emulator.registers import SIGNED, UNSIGNED, dtype_of
+from nvfp4dsl.emulator.warps import Group
+
+TYPE = r"(b8|u8|s8|b16|u16|s16|b32|u32|s32|b64|u64|s64|f16|bf16|f32|f64)"
+QUALIFIERS = r"""(\.(weak|volatile|relaxed|acquire|release|cta|gpu|sys|cluster|nc|ca|cg|cs|lu|cv|wb|wt|unified
+    |L1::\w+|L2::\w+|level::\w+))*"""
+SPACE = r"(\.(global|shared|shared::cta|param|param::entry|const))?"
+
+
+@instruction(rf"mov\.({TYPE}|pred)")
+def move(t: Translator, i: Instruction):
+    kind = i.parts[1]
+    destination, source = i.operands
+    if isinstance(destination, Vector):
+        return _unpack(t, destination, source, kind)
+    if isinstance(source, Vector):
+        return _pack(t, destination, source, kind)
+    write, read = t.write(destination), t.read(source, kind)
+    return lambda g: write(g, read(g))
+
+
+def _unpack(t: Translator, destination: Vector, source: object, kind: str):
+    bits = WIDTH[kind] // len(destination.items)
+    read = t.read(source, f"b{WIDTH[kind]}")
+    writers = [t.write(item) for item in destination.items]
+    shifts = [np.array(n * bits, UNSIGNED[WIDTH[kind]]) for n in range(len(writers))]
+
+    def run(g: Group) -> None:
+        value = read(g)
+        for write, shift in zip(writers, shifts, strict=True):
+            write(g, (value >> shift).astype(UNSIGNED[bits]))
+
+    return run
+
+
+def _pack(t: Translator, destination: object, source: Vector, kind: str):
+    bits, dtype = WIDTH[kind] // len(source.items), UNSIGNED[WIDTH[kind]]
+    write = t.write(destination)
+    readers = [t.read(item, f"b{bits}") for item in source.items]
+
+    def run(g: Group) -> None:
+        value = readers[0](g).astype(dtype)
+        for n, read in enumerate(readers[1:], 1):
+            value = value | read(g).astype(dtype) << np.array(n * bits, dtype)
+        write(g, value)
+
+    return run
+
+
+@instruction(r"cvta(\.to)?\.(global|shared|shared::cta|param|param::entry|const|local)\.u64")
+def convert_address(t: Translator, i: Instruction):
+    """Global, constant and parameter addresses are generic ones already; shared ones have a window."""
+    write, read = t.write(i.operands[0]), t.read(i.operands[1], "u64")
+    window = np.uint64(SHARED_WINDOW if i.parts[-2].startswith("shared") else 0)
+    if i.parts[1] == "to":
+        return lambda g: write(g, read(g) - window)
+    return lambda g: write(g, read(g) + window)
+
+
+@instruction(r"isspacep\.(global|shared|shared::cta|param)")
+def is_space(t: Translator, i: Instruction):
+    write, read = t.write(i.operands[0]), t.read(i.operands[1], "u64")
+    tests = {
+        "shared": lambda a: (a >= SHARED_WINDOW) & (a < SHARED_WINDOW + WINDOW_SIZE),
+        "param": lambda a: (a >= PARAM_WINDOW) & (a < PARAM_WINDOW + WINDOW_SIZE),
+        "global": lambda a: a < SHARED_WINDOW,
+    }
+    test = tests[i.parts[1].split("::")[0]]
+    return lambda g: write(g, test(read(g)))
+
+
+@instruction(r"mapa(\.shared::cluster)?\.(u32|u64)")
+def map_address(t: Translator, i: Instruction):
+    """A cluster of one CTA: every rank's address is one's own."""
+    write, read = t.write(i.operands[0]), t.read(i.operands[1], i.parts[-1])
+    return lambda g: write(g, read(g))
+
+
+# --- loads and stores
+
+
+def split_generic(addresses: np.ndarray) -> list[tuple[str, np.ndarray, int]]:
+    """(space, rows, base) for generic addresses."""
+    parts = []
+    for space, window in (("shared", SHARED_WINDOW), ("param", PARAM_WINDOW)):
+        rows = (addresses >= window) & (addresses < window + WINDOW_SIZE)
+        parts.append((space, rows, window))
+    parts.append(("global", ~(parts[0][1] | parts[1][1]), 0))
+    return [p for p in parts if p[1].any()]
+
+
+def load_bytes(machine, space: str, addresses: np.ndarray, size: int, warps: np.ndarray, pc: int) -> np.ndarray:
+    """uint8 [accesses, size] from one space, or from whichever window a generic address is in."""
+    if space == "shared":
+        return machine.shared.load(addresses, size, warps, pc)
+    if space == "param":
+        return machine.params.load(addresses % PARAM_WINDOW, size, warps)
+    if space == "global":
+        require_aligned(addresses, size, warps, "global")
+        machine.memory.check_read_order(addresses, size, Author.of_warps(machine.clocks, warps, machine.first_cta))
+        return machine.memory.read(addresses, size, warps)
+    result = np.empty((addresses.size, size), np.uint8)
+    for part, rows, base in split_generic(addresses):
+        result[rows] = load_bytes(machine, part, addresses[rows] - np.uint64(base), size, warps[rows], pc)
+    return result
+
+
+def store_bytes(machine, space: str, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray, pc: int) -> None:
+    """Store uint8 [accesses, size]."""
+    if space == "shared":
+        machine.shared.store(addresses, values, warps, pc)
+    elif space == "global":
+        require_aligned(addresses, values.shape[1], warps, "global")
+        machine.memory.write(addresses, values, warps, Author.of_warps(machine.clocks, warps, machine.first_cta))
+    elif space == "param":
+        raise OutOfBounds("kernel parameters cannot be stored to", warp=int(warps[0]))
+    else:
+        for part, rows, base in split_generic(addresses):
+            store_bytes(machine, part, addresses[rows] - np.uint64(base), values[rows], warps[rows], pc)
+
+
+def _access(i: Instruction) -> tuple[str, str]:
+    """(space, element type) of a load or store."""
+    named = [p.split("::")[0] for p in i.parts if p.split("::")[0] in ("global", "shared", "param", "const")]
+    return (named[0] if named else "generic"), i.parts[-1]
+
+
+@instruction(rf"ld{QUALIFIERS}{SPACE}{QUALIFIERS}(\.(v2|v4|v8))?\.{TYPE}")
+def load(t: Translator, i: Instruction):
+    space, kind = _access(i)
+    machine, address = t.machine, t.address(i.operands[1])
+    items = i.operands[0].items if isinstance(i.operands[0], Vector) else (i.operands[0],)
+    writers = [t.write(item) for item in items]
+    size = WIDTH[kind] // 8
+    dtype = SIGNED[size * 8] if kind[0] == "s" else UNSIGNED[size * 8]
+
+    def run(g: Group) -> None:
+        where = address(g)[g.mask]
+        data = load_bytes(machine, space, where, size * len(writers), g.lane_warps, g.pc).view(dtype)
+        for n, write in enumerate(writers):
+            write(g, spread(g, data[:, n]))
+
+    return run
+
+
+def spread(g: Group, values: np.ndarray) -> np.ndarray:
+    """Values of the active lanes, in place: [warps, 32], zero elsewhere."""
+    if g.full:
+        return values.reshape(g.mask.shape)
+    result = np.zeros(g.mask.shape, values.dtype)
+    result[g.mask] = values
+    return result
+
+
+@instruction(rf"st{QUALIFIERS}{SPACE}{QUALIFIERS}(\.(v2|v4|v8))?\.{TYPE}")
+def store(t: Translator, i: Instruction):
+    space, kind = _access(i)
+    machine, address = t.machine, t.address(i.operands[0])
+    items = i.operands[1].items if isinstance(i.operands[1], Vector) else (i.operands[1],)
+    bits = WIDTH[kind]
+    readers = [t.read(item, f"b{bits}") for item in items]
+
+    def run(g: Group) -> None:
+        where = address(g)[g.mask]
+        data = np.empty((where.size, len(readers)), UNSIGNED[bits])
+        for n, read in enumerate(readers):
+            data[:, n] = np.broadcast_to(read(g), g.mask.shape)[g.mask]
+        store_bytes(machine, space, where, data.view(np.uint8), g.lane_warps, g.pc)
+
+    return run
+
+
+# --- atomics
+
+_ATOMIC = {
+    "add": lambda old, a: old + a,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, a: a,
+    "inc": lambda old, a: np.where(old >= a, 0, old + 1).astype(old.dtype),
+    "dec": lambda old, a: np.where((old == 0) | (old > a), a, old - 1).astype(old.dtype),
+}
+_ATOM_TYPES = r"(b32|b64|u32|s32|u64|s64|f32|f64)"
+
+
+@instruction(rf"(atom|red){QUALIFIERS}(\.global)?{QUALIFIERS}\.(add|min|max|and|or|xor|exch|inc|dec)\.{_ATOM_TYPES}")
+def atomic(t: Translator, i: Instruction):
+    """One lane after another, as the hardware may order them."""
+    operation, kind = i.parts[-2:]
+    dtype = dtype_of(kind)
+    returns = i.parts[0] == "atom"
+    first = 1 if returns else 0
+    write = t.write(i.operands[0]) if returns else None
+    address, value = t.address(i.operands[first]), t.read(i.operands[first + 1], kind)
+    return _atomic(t.machine, write, address, dtype, lambda g: [value(g)], _ATOMIC[operation])
+
+
+@instruction(rf"atom{QUALIFIERS}(\.global)?{QUALIFIERS}\.cas\.(b32|b64)")
+def compare_and_swap(t: Translator, i: Instruction):
+    kind = i.parts[-1]
+    compare, new = t.read(i.operands[2], kind), t.read(i.operands[3], kind)
+    swap = lambda old, expected, value: np.where(old == expected, value, old)  # noqa: E731
+    read_all = lambda g: [compare(g), new(g)]  # noqa: E731
+    return _atomic(t.machine, t.write(i.operands[0]), t.address(i.operands[1]), dtype_of(kind), read_all, swap)
+
+
+def _atomic(machine, write, address, dtype: np.dtype, operands, function):
+    def run(g: Group) -> None:
+        where = address(g)[g.mask]
+        require_aligned(where, dtype.itemsize, g.lane_warps, "global")
+        values = [np.broadcast_to(o, g.mask.shape)[g.mask] for o in operands(g)]
+        old = np.empty(where.size, dtype)
+        for n in range(where.size):
+            one, warp = where[n : n + 1], g.lane_warps[n : n + 1]
+            old[n] = machine.memory.read(one, dtype.itemsize, warp).view(dtype)[0, 0]
+            new = np.asarray(function(old[n : n + 1], *[v[n : n + 1] for v in values]), dtype)
+            machine.memory.write_atomic(one, new[:, None].view(np.uint8), warp)
+        machine.note_change()
+        if write is not None:
+            write(g, spread(g, old))
+
+    return run

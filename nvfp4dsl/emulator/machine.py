@@ -1,0 +1,464 @@
+"""The machine: resident CTAs, the scheduler, and :func:`run`.
+
+Warps of all resident CTAs that stand at one instruction execute it together. Which of them run next, for how long, and
+when asynchronous copies take effect is drawn from a seed: the order is adversarial, not fair. Copies are late: most
+take effect only when nothing else can run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nvfp4dsl.emulator import isa
+from nvfp4dsl.emulator.async_copies import AsyncCopies
+from nvfp4dsl.emulator.clocks import Clocks
+from nvfp4dsl.emulator.faults import (
+    Deadlock,
+    DivergentSync,
+    Fault,
+    LaunchMismatch,
+    RegisterBudget,
+    StepLimit,
+    TransactionMismatch,
+    UnknownInstruction,
+    UnwrittenRegister,
+)
+from nvfp4dsl.emulator.launch import Launch
+from nvfp4dsl.emulator.mbarrier import Mbarriers
+from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_BASE, GlobalMemory, ParamMemory, SharedMemory
+from nvfp4dsl.emulator.named_barriers import NamedBarriers
+from nvfp4dsl.emulator.ptx import Instruction, Kernel, parse
+from nvfp4dsl.emulator.registers import RegisterFile, registers_of
+from nvfp4dsl.emulator.tensorcore import TensorCore
+from nvfp4dsl.emulator.warps import BLOCKED, EXITED, LANES, NOWHERE, PARKED, Group, WarpTable
+
+RESIDENT_CTAS = 16
+"""CTAs emulated at a time; more would only cost memory, as CTAs do not order each other."""
+REGISTER_FILE = 65536
+"""32-bit registers of one SM, which one CTA's warps share."""
+
+
+@dataclass
+class Report:
+    """What a run did. ``instructions`` counts one a warp; ``opcodes`` and ``mmas`` likewise.
+
+    ``tolerated`` holds the faults that the caller asked to tolerate, each once.
+    """
+
+    kernel: str
+    seed: int
+    seconds: float = 0.0
+    steps: int = 0
+    instructions: int = 0
+    mmas: int = 0
+    copies: int = 0
+    opcodes: Counter = field(default_factory=Counter)
+    tolerated: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Wait:
+    """Lanes of one warp that cannot go on until ``ready``; ``may_time_out`` for waits that may report failure."""
+
+    warp: int
+    mask: np.ndarray
+    pc: int
+    ready: Callable[[], bool]
+    describe: Callable[[], str]
+    may_time_out: bool
+    barriers: tuple = ()
+
+
+class Machine:
+    """One wave of resident CTAs executing one kernel."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        launch: Launch,
+        ctas: list[tuple[int, int, int]],
+        first_cta: int,
+        memory: GlobalMemory,
+        rng: np.random.Generator,
+        report: Report,
+        tolerate: tuple[type[Fault], ...],
+    ) -> None:
+        self.kernel, self.launch, self.ctas, self.first_cta = kernel, launch, ctas, first_cta
+        self.memory, self.rng, self.report, self.tolerate = memory, rng, report, tolerate
+        threads = int(np.prod(launch.block))
+        self.warps_per_cta = -(-threads // LANES)
+        self.warp_count = len(ctas) * self.warps_per_cta
+        self.changes = 0
+        self.waits: list[Wait] = []
+        self.timed_out: set[tuple[int, int]] = set()
+        self.register_requests: dict[int, list[int]] = {}
+        self.elect_from = int(rng.integers(LANES))
+        self.eagerness = float(rng.choice([0.0, 0.02, 0.2]))
+
+        self.clocks = Clocks(len(ctas), self.warps_per_cta)
+        self.params = ParamMemory(kernel, launch)
+        symbols, shared_size = self._place_symbols()
+        self.shared = SharedMemory(self.clocks, len(ctas), shared_size, self._line)
+        self.mbarriers = Mbarriers(self.clocks, self.shared, self.note_change)
+        self.copies = AsyncCopies(self.clocks, self.note_change)
+        self.bars = NamedBarriers(self.clocks, threads)
+        self.registers = RegisterFile(kernel, self.warp_count, symbols, self._specials())
+        self.tensor = TensorCore(self.registers)
+        self.warps = WarpTable(self.warp_count, threads - (self.warps_per_cta - 1) * LANES, self.warps_per_cta)
+        self.program = isa.compile_program(self, kernel.instructions)
+        self.executed = np.zeros(len(self.program), np.int64)
+
+    # --- set-up
+
+    def _place_symbols(self) -> tuple[dict[str, int], int]:
+        """Addresses of variables and parameters, and the bytes of shared memory."""
+        symbols = {name: PARAM_WINDOW + offset for name, offset in self.params.offsets.items()}
+        at = SHARED_BASE
+        for variable in sorted(self.kernel.shared, key=lambda v: v.bytes is None):
+            at = -(-at // variable.align) * variable.align
+            symbols[variable.name] = at
+            at += variable.bytes or 0
+        return symbols, at - SHARED_BASE + self.launch.smem_bytes
+
+    def _specials(self) -> dict[str, np.ndarray]:
+        """Special registers, [warps, 32] each."""
+        lane = np.broadcast_to(np.arange(LANES), (self.warp_count, LANES))
+        warp = np.broadcast_to((np.arange(self.warp_count) % self.warps_per_cta)[:, None], lane.shape)
+        thread = warp * LANES + lane
+        cta = np.repeat(np.array(self.ctas), self.warps_per_cta, axis=0)
+        constant = lambda value: np.full(lane.shape, value)  # noqa: E731
+        per_warp = lambda values: np.broadcast_to(values[:, None], lane.shape)  # noqa: E731
+        block = self.launch.block
+        linear = np.repeat(np.arange(len(self.ctas)) + self.first_cta, self.warps_per_cta)
+        specials = {
+            "%laneid": lane,
+            "%warpid": warp,
+            "%nwarpid": constant(self.warps_per_cta),
+            "%smid": per_warp(linear),
+            "%nsmid": constant(int(np.prod(self.launch.grid))),
+            "%gridid": constant(1),
+            "%clusterid.x": per_warp(cta[:, 0]),
+            "%clusterid.y": per_warp(cta[:, 1]),
+            "%clusterid.z": per_warp(cta[:, 2]),
+            "%cluster_ctarank": constant(0),
+            "%cluster_nctarank": constant(1),
+            "%is_explicit_cluster": constant(0),
+            "%dynamic_smem_size": constant(self.launch.smem_bytes),
+            "%lanemask_eq": 1 << lane,
+            "%lanemask_lt": (1 << lane) - 1,
+            "%lanemask_le": (2 << lane) - 1,
+            "%clock": constant(0),
+            "%clock64": constant(0),
+            "%globaltimer": constant(0),
+        }
+        thread_xyz = (thread % block[0], thread // block[0] % block[1], thread // (block[0] * block[1]))
+        for axis, letter in enumerate("xyz"):
+            specials[f"%tid.{letter}"] = thread_xyz[axis]
+            specials[f"%ctaid.{letter}"] = per_warp(cta[:, axis])
+            specials[f"%ntid.{letter}"] = constant(block[axis])
+            specials[f"%nctaid.{letter}"] = constant(self.launch.grid[axis])
+            specials[f"%nclusterid.{letter}"] = constant(self.launch.grid[axis])
+            specials[f"%cluster_ctaid.{letter}"] = constant(0)
+            specials[f"%cluster_nctaid.{letter}"] = constant(1)
+        return specials
+
+    def _line(self, pc: int) -> int:
+        return self.kernel.instructions[pc].line
+
+    # --- services for instructions
+
+    def note_change(self) -> None:
+        """Something happened that waiting lanes may be waiting for."""
+        self.changes += 1
+
+    def cta_of(self, warp: int) -> int:
+        return int(warp) // self.warps_per_cta
+
+    def tolerated(self, fault: Fault) -> None:
+        """Raise a fault, or record it if the caller tolerates its kind."""
+        if not isinstance(fault, self.tolerate):
+            raise fault
+        self._locate(fault, None)
+        if str(fault) not in self.report.tolerated:
+            self.report.tolerated.append(str(fault))
+
+    def block(self, group: Group, row: int, pc: int, ready, describe, may_time_out: bool = False, barriers=()) -> None:
+        """Stop the active lanes of one row until ``ready``; they then run at ``pc``."""
+        warp, mask = int(group.warps[row]), group.mask[row]
+        self.warps.state[warp, mask] = BLOCKED
+        self.warps.pc[warp, mask] = pc
+        self.waits.append(Wait(warp, mask.copy(), pc, ready, describe, may_time_out, barriers))
+
+    def times_out(self, warp: int, pc: int) -> bool:
+        """Whether a wait at ``pc`` must report failure now, because nothing else could run."""
+        if (warp, pc) in self.timed_out:
+            self.timed_out.discard((warp, pc))
+            return True
+        return False
+
+    # --- the scheduler
+
+    def run(self, max_steps: int, progress: Callable[[Report], None] | None) -> None:
+        """Run until every lane has exited."""
+        seen = -1
+        idle_rounds = 0
+        self._guard(lambda: self.warps.refresh(np.arange(self.warp_count)), None)
+        for burst in itertools.count():
+            if self.changes != seen:
+                idle_rounds = 0 if seen >= 0 else idle_rounds
+                seen = self.changes
+                self._wake()
+            ready = np.flatnonzero(self.warps.next != NOWHERE)
+            if ready.size:
+                self._burst(self._choose(ready))
+                if self.copies.in_flight and self.rng.random() < self.eagerness:
+                    self._advance_copy()
+            elif self.copies.in_flight:
+                for _ in range(int(self.rng.integers(1, len(self.copies.in_flight) + 1))):
+                    if self.copies.in_flight:
+                        self._advance_copy()
+            elif not self.waits:
+                break
+            else:
+                idle_rounds += 1
+                self._time_out(idle_rounds)
+            if self.report.steps > max_steps:
+                raise StepLimit(f"the kernel is still running after {max_steps} steps")
+            if progress is not None and burst % 64 == 0:
+                progress(self.report)
+        if (self.warps.state != EXITED).any():
+            self._report_parked()
+        self._finish()
+
+    def _choose(self, ready: np.ndarray) -> Group:
+        """The warps at a randomly chosen counter; sometimes only some of them."""
+        first = int(self.rng.choice(ready))
+        pc = int(self.warps.next[first])
+        together = ready[self.warps.next[ready] == pc]
+        if together.size > 1 and self.rng.random() < 0.25:
+            together = together[(self.rng.random(together.size) < 0.5) | (together == first)]
+        return self.warps.group(together, pc)
+
+    def _burst(self, group: Group) -> None:
+        """Run a group until it blocks, splits, meets other lanes, or its random budget is spent."""
+        budget = int(self.rng.geometric(1 / 150))
+        horizon = self.warps.horizon(group)
+        while budget > 0:
+            budget -= 1
+            step = self.program[group.pc]
+            if step.convergent and not group.full:
+                group = self._gather(step, group)
+                if group is None:
+                    return
+            self.executed[group.pc] += len(group.warps)
+            self.report.steps += 1
+            if self.tensor.pending and not step.touched.isdisjoint(self.tensor.pending):
+                self.tensor.flush()
+            if not self._guard(lambda: step.execute(self, group), step, group):  # noqa: B023
+                return
+            if group.pc >= horizon:
+                break
+        self.warps.move(group, group.mask, group.pc)
+        self.warps.refresh(group.warps)
+
+    def _gather(self, step: isa.Step, group: Group) -> Group | None:
+        """The group with all lanes that a warp-synchronous instruction needs; those that must wait are parked."""
+        needed = step.members(group) & self.warps.live(group.warps)
+        missing = (needed & ~group.mask).any(axis=1)
+        if not missing.any():
+            return group
+        self.warps.move(group, group.mask, group.pc)
+        self.warps.set_state(group, group.mask & missing[:, None], PARKED)
+        self.warps.refresh(group.warps)
+        return None
+
+    def _wake(self) -> None:
+        still = []
+        for wait in self.waits:
+            if wait.ready():
+                self._resume(wait)
+            else:
+                still.append(wait)
+        self.waits = still
+
+    def _resume(self, wait: Wait) -> None:
+        self.warps.state[wait.warp, wait.mask] = 0
+        self.warps.refresh(np.array([wait.warp]))
+
+    def _advance_copy(self) -> None:
+        try:
+            self.copies.advance(self.rng)
+        except Fault as fault:
+            operation = self.copies.current
+            self._locate(fault, self.kernel.instructions[operation.pc], operation.warp)
+            self.tolerated(fault)
+
+    def _time_out(self, rounds: int) -> None:
+        """Nothing can run: let timed waits fail, unless that has not helped before."""
+        waits = [w for w in self.waits if w.may_time_out]
+        if not waits or rounds > 3:
+            self._deadlock()
+        for wait in waits:
+            self.timed_out.add((wait.warp, wait.pc))
+            self._resume(wait)
+        self.waits = [w for w in self.waits if not w.may_time_out]
+
+    # --- the end, and what went wrong
+
+    def _deadlock(self) -> None:
+        lines = []
+        for wait in sorted(self.waits, key=lambda w: w.warp):
+            cta = self.ctas[self.cta_of(wait.warp)]
+            instruction = self.kernel.instructions[min(wait.pc, len(self.kernel.instructions) - 1)]
+            lines.append(
+                f"CTA {cta} warp {self.clocks.own[wait.warp]} waits for {wait.describe()} near PTX line {instruction.line}"
+            )
+        unbalanced = [b for w in self.waits for b in w.barriers if b.bytes and b.pending == 0]
+        kind = TransactionMismatch if unbalanced else Deadlock
+        reason = f"{unbalanced[0]} can never complete; " if unbalanced else ""
+        exited = [int(self.clocks.own[w]) for w in np.flatnonzero((self.warps.state == EXITED).all(axis=1))]
+        note = f" (exited warps: {sorted(set(exited))})" if exited else ""
+        parked = np.flatnonzero((self.warps.state == PARKED).any(axis=1)).size
+        note += f" ({parked} warps hold lanes at a warp-synchronous instruction)" if parked else ""
+        raise kind(f"{reason}nothing can run{note}:\n  " + "\n  ".join(lines))
+
+    def _report_parked(self) -> None:
+        warp, lane = np.argwhere(self.warps.state != EXITED)[0]
+        instruction = self.kernel.instructions[int(self.warps.pc[warp, lane])]
+        fault = DivergentSync("some lanes wait here for lanes of their warp that went elsewhere or exited", warp=int(warp))
+        self._locate(fault, instruction)
+        raise fault
+
+    def exit_lanes(self, group: Group) -> None:
+        """The active lanes leave; the last lane of a CTA ends it."""
+        for row in group.rows():
+            warp = int(group.warps[row])
+            for lane in np.flatnonzero(group.mask[row]):
+                try:
+                    self.copies.thread_exits(warp, int(lane))
+                except Fault as fault:
+                    self._locate(fault, self.kernel.instructions[group.pc])
+                    self.tolerated(fault)
+        self.warps.set_state(group, group.mask, EXITED)
+        self.note_change()
+        for cta in {self.cta_of(w) for w in group.warps}:
+            first = cta * self.warps_per_cta
+            if (self.warps.state[first : first + self.warps_per_cta] == EXITED).all():
+                self._end_cta(cta)
+
+    def _end_cta(self, cta: int) -> None:
+        self.copies.cta_ends(cta)
+        self.mbarriers.finish(cta)
+        first = cta * self.warps_per_cta
+        requests = [self.register_requests.get(first + w, []) for w in range(self.warps_per_cta)]
+        for start in range(0, self.warps_per_cta, 4):
+            group = requests[start : start + 4]
+            if any(r != group[0] for r in group):
+                raise RegisterBudget(
+                    f"setmaxnreg must be executed by every warp of a warpgroup; warps {start}.. asked for {group}",
+                    warp=first + start,
+                )
+        if all(requests) and sum(r[-1] * LANES for r in requests) > REGISTER_FILE:
+            raise RegisterBudget(
+                f"the warps ask for {sum(r[-1] * LANES for r in requests)} registers, the SM has {REGISTER_FILE}", warp=first
+            )
+
+    def _finish(self) -> None:
+        self.tensor.flush()
+        self.report.instructions += int(self.executed.sum())
+        for step, count in zip(self.program, self.executed, strict=True):
+            if count:
+                self.report.opcodes[step.instruction.opcode] += int(count)
+        self.report.mmas += self.tensor.count
+        self.report.copies += self.copies.count
+
+    def _guard(self, action: Callable[[], object], step: isa.Step | None, group: Group | None = None) -> object:
+        try:
+            return action()
+        except Fault as fault:
+            if fault.warp is None and group is not None and len(group.warps) == 1:
+                fault.warp = int(group.warps[0])
+            self._locate(fault, step.instruction if step else None)
+            raise
+
+    def _locate(self, fault: Fault, instruction: Instruction | None, warp: int | None = None) -> None:
+        warp = fault.warp if fault.warp is not None else warp
+        cta = None if warp is None else self.ctas[self.cta_of(warp)]
+        fault.locate(instruction, cta, None if warp is None else int(self.clocks.own[warp]))
+
+
+def run(
+    ptx_text: str,
+    launch: Launch,
+    *,
+    seed: int = 0,
+    max_steps: int = 50_000_000,
+    tolerate: Iterable[type[Fault]] = (),
+    progress: Callable[[Report], None] | None = None,
+) -> Report:
+    """Execute one launch of a kernel; its stores change ``launch.buffers``.
+
+    Args:
+        ptx_text: the module that holds the entry ``launch.kernel``.
+        launch: grid, parameters and memory (:class:`~nvfp4dsl.emulator.launch.Launch`).
+        seed: draws the order of warps and of asynchronous copies.
+        max_steps: instructions executed, one a group of warps, before the run counts as endless.
+        tolerate: kinds of fault that are recorded in the report instead of raised, as far as execution can go on.
+        progress: called now and then with the report so far.
+
+    Raises:
+        Fault: a subclass of :class:`~nvfp4dsl.errors.EmulationError` that says what went wrong and where.
+    """
+    started = time.perf_counter()
+    kernel = _find_kernel(parse(ptx_text), launch)
+    report = Report(kernel.name, seed)
+    tolerate = tuple(tolerate)
+    _check_registers(kernel, report, tolerate)
+    memory = GlobalMemory(launch.buffers)
+    rng = np.random.default_rng(seed)
+    x, y, z = launch.grid
+    ctas = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    for first in range(0, len(ctas), RESIDENT_CTAS):
+        wave = ctas[first : first + RESIDENT_CTAS]
+        Machine(kernel, launch, wave, first, memory, rng, report, tolerate).run(max_steps, progress)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _find_kernel(kernels: dict[str, Kernel], launch: Launch) -> Kernel:
+    if launch.kernel not in kernels:
+        raise LaunchMismatch(f"the PTX has no entry {launch.kernel}; it has {', '.join(kernels) or 'none'}")
+    kernel = kernels[launch.kernel]
+    required = kernel.directives.get("reqntid")
+    if required and tuple(launch.block) != tuple(required) + (1,) * (3 - len(required)):
+        raise LaunchMismatch(f"the kernel requires {required} threads (.reqntid), the launch has {launch.block}")
+    if tuple(launch.cluster) not in ((1, 1, 1), (0, 0, 0)):
+        raise LaunchMismatch(f"clusters are not emulated; the launch has {launch.cluster}")
+    return kernel
+
+
+def _check_registers(kernel: Kernel, report: Report, tolerate: tuple[type[Fault], ...]) -> None:
+    """Every register that is read must be written somewhere."""
+    written, readers = set(), {}
+    for instruction in kernel.instructions:
+        reads, writes = registers_of(instruction)
+        written |= writes
+        for register in reads:
+            readers.setdefault(register, instruction)
+    missing = {r: i for r, i in readers.items() if r not in written}
+    if missing:
+        names = ", ".join(f"{r.name} (line {i.line})" for r, i in missing.items())
+        fault = UnwrittenRegister(f"registers are read that no instruction writes: {names}")
+        fault.locate(next(iter(missing.values())), None, None)
+        if not isinstance(fault, tolerate):
+            raise fault
+        report.tolerated.append(str(fault))
+
+
+__all__ = ["Machine", "Report", "run", "UnknownInstruction"]
