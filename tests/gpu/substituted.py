@@ -25,17 +25,27 @@ from nvfp4dsl.formats import NVFP4Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One GEMM, M x N x K, for sm_121a. ``plain`` is without bias and with one global scale a tensor."""
+    """One GEMM, M x N x K, for sm_121a. ``plain``: without bias, one global scale a tensor. ``tile``: None is dispatch's."""
 
     m: int
     n: int
     k: int
     out_dtype: torch.dtype = torch.bfloat16
     plain: bool = True
+    batch: tuple[int, ...] = ()
+    tile: str | None = None
 
     def __str__(self) -> str:
-        name = f"{self.m}x{self.n}x{self.k}-{str(self.out_dtype).removeprefix('torch.')}"
-        return name if self.plain else f"{name}-bias-ranges"
+        parts = [f"{self.m}x{self.n}x{self.k}", str(self.out_dtype).removeprefix("torch.")]
+        parts += [f"batch{n}" for n in self.batch]
+        parts += ["bias-ranges"] if not self.plain else []
+        parts += [f"tile{self.tile}"] if self.tile else []
+        return "-".join(parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        return (*self.batch, self.m, self.n)
 
     @property
     def tolerance(self) -> float:
@@ -45,7 +55,8 @@ class Case:
     def operands(self) -> tuple[NVFP4Tensor, NVFP4Tensor, torch.Tensor | None]:
         """Canonical a and b, and the bias. numpy draws them, whose streams are the same in every version."""
         rng = np.random.default_rng([self.m, self.n, self.k])
-        a, b, bias = (torch.from_numpy(rng.standard_normal(s)) for s in ((self.m, self.k), (self.n, self.k), self.n))
+        shapes = ((*self.batch, self.m, self.k), (*self.batch, self.n, self.k), self.n)
+        a, b, bias = (torch.from_numpy(rng.standard_normal(shape)) for shape in shapes)
         row_ends = None if self.plain else (self.n // 3, self.n)
         weight = nv.quantize(b.float(), row_ends=row_ends)
         return nv.quantize(a.float()), weight, None if self.plain else bias.float()
@@ -59,6 +70,9 @@ CASES = [
     Case(256, 384, 512, torch.float32),
     Case(257, 129, 272, torch.float32, plain=False),
     Case(33, 136, 1040, torch.float16, plain=False),
+    Case(70, 136, 208, torch.float32, batch=(3,)),
+    Case(200, 320, 1024, torch.float32, tile="128x128x256"),
+    Case(200, 320, 1024, torch.float32, tile="64x128x128"),
 ]
 
 
@@ -66,7 +80,7 @@ def compute(case: Case, execute: Callable[[str, Launch], object]) -> torch.Tenso
     """The real kernel's result, its PTX and launch handed to ``execute`` in the emulator's place."""
     a, b, bias = case.operands()
     with nv.emulate("sm_121a"), patch.object(emulator, "run", lambda ptx, launch, **_: execute(ptx, launch)):
-        return nv.mm(nv.prepare(a, "sm_121a"), nv.prepare(b, "sm_121a"), bias, out_dtype=case.out_dtype)
+        return nv.mm(nv.prepare(a, "sm_121a"), nv.prepare(b, "sm_121a"), bias, out_dtype=case.out_dtype, tile=case.tile)
 
 
 def files(folder: Path, case: Case) -> tuple[Path, Path]:

@@ -16,7 +16,7 @@ from nvfp4dsl.emulator.launch import Launch
 
 @pytest.fixture
 def result(request: pytest.FixtureRequest, case: Case) -> torch.Tensor:
-    """[M, N] as the GPU computed it: compiled here, or from the files named by ``--prepared``."""
+    """The result as the GPU computed it: compiled here, or from the files named by ``--prepared``."""
     folder = request.config.getoption("--prepared", default=None)
     if folder is None:
         if importlib.util.find_spec("cutlass") is None:
@@ -25,7 +25,7 @@ def result(request: pytest.FixtureRequest, case: Case) -> torch.Tensor:
     ptx_file, launch_file = files(Path(folder), case)
     launch = Launch.load(launch_file)
     hopper.run(ptx_file.read_text(), launch)
-    return torch.from_numpy(launch.buffer("c").data).view(case.out_dtype).view(case.m, case.n)
+    return torch.from_numpy(launch.buffer("c").data).view(case.out_dtype).view(case.shape)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
