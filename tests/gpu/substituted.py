@@ -25,7 +25,7 @@ from nvfp4dsl.formats import NVFP4Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One GEMM, M x N x K, for sm_121a. ``plain``: without bias, one global scale a tensor. ``tile``: None is dispatch's."""
+    """One GEMM, M x N x K, for sm_121a. Plain: no bias, one global scale a tensor. Without a tile, dispatch chooses."""
 
     m: int
     n: int
