@@ -111,9 +111,9 @@ def _global_scales() -> Any:
     """fp32 multipliers with all significant bits in use, or powers of two."""
     st = _strategies()
     return st.builds(
-        lambda e, f: torch.tensor(2.0**e * f, dtype=torch.float32),
+        lambda exponent, fraction: torch.tensor(2.0**exponent * (1 + fraction * 2.0**-23)),
         st.integers(-20, 20),
-        st.one_of(st.just(1.0), st.floats(1.0, 2.0, width=32, exclude_max=True)),
+        st.one_of(st.just(0), st.integers(0, 2**23 - 1)),
     )
 
 

@@ -43,6 +43,26 @@ def test_it_is_the_recipe_bit_for_bit(x, global_scale):
     assert np.array_equal(unpack_codes(t.qdata).numpy(), codes)
 
 
+@given(st.integers(0, 2**32 - 1))
+def test_quotients_at_a_tie_are_divided_truly(seed):
+    """Amax and values at the midpoints between neighbours, times a global scale of 24 bits, where one division by
+    multiplying with a reciprocal would fall to the other side."""
+    g = np.random.default_rng(seed)
+    global_scale = np.float32(g.uniform(1, 2))
+    midpoints = ((E4M3[8:-1] + E4M3[9:]) / 2).astype(np.float32)  # of normal block scales
+    amax = midpoints * (np.float32(6) * global_scale)
+    unit = E4M3[nearest_even(amax / (np.float32(6) * global_scale), E4M3)].astype(np.float32) * global_scale
+    ties = ((E2M1[:-1] + E2M1[1:]) / 2).astype(np.float32)
+    x = np.zeros((len(amax), BLOCK), np.float32)
+    x[:, 0] = amax
+    x[:, 1:8] = unit[:, None] * ties
+    x[:, 8:15] = -x[:, 1:8]
+    t = quantize(torch.from_numpy(x), float(global_scale))
+    codes, scale = by_definition(x, global_scale)
+    assert np.array_equal(t.scale.view(torch.uint8).numpy()[:, 0], scale[:, 0])
+    assert np.array_equal(unpack_codes(t.qdata).numpy(), codes)
+
+
 @given(representable_tensors())
 def test_a_representable_tensor_is_returned(t):
     assert_identical(quantize(dequantize(t), t.global_scale), t)
