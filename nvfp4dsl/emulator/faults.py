@@ -33,7 +33,9 @@ class Fault(EmulationError):
         self.cta: tuple[int, int, int] | None = None
         self.warp_in_cta: int | None = None
 
-    def locate(self, instruction: Instruction | None, cta: tuple[int, int, int] | None, warp_in_cta: int | None) -> None:
+    def locate(
+        self, instruction: Instruction | None, cta: tuple[int, int, int] | None, warp_in_cta: int | None
+    ) -> None:
         """Add the place, unless a more exact one is there already."""
         if self.line is None and instruction is not None:
             self.line, self.text = instruction.line, instruction.text

@@ -1,4 +1,4 @@
-"""The machine: resident CTAs, the scheduler, and :func:`run`.
+"""The machine: a wave of resident CTAs, and the scheduler that runs their warps.
 
 Warps of all resident CTAs that stand at one instruction execute it together. Which of them run next, for how long, and
 when asynchronous copies take effect is drawn from a seed: the order is adversarial, not fair. Copies are late: most
@@ -8,10 +8,8 @@ take effect only when nothing else can run.
 from __future__ import annotations
 
 import itertools
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,44 +20,22 @@ from nvfp4dsl.emulator.faults import (
     Deadlock,
     DivergentSync,
     Fault,
-    LaunchMismatch,
     RegisterBudget,
     StepLimit,
     TransactionMismatch,
-    UnknownInstruction,
-    UnwrittenRegister,
 )
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.emulator.mbarrier import Mbarriers
 from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_BASE, GlobalMemory, ParamMemory, SharedMemory
 from nvfp4dsl.emulator.named_barriers import NamedBarriers
-from nvfp4dsl.emulator.ptx import Instruction, Kernel, parse
-from nvfp4dsl.emulator.registers import RegisterFile, registers_of
+from nvfp4dsl.emulator.ptx import Instruction, Kernel
+from nvfp4dsl.emulator.registers import RegisterFile
+from nvfp4dsl.emulator.report import Report
 from nvfp4dsl.emulator.tensorcore import TensorCore
 from nvfp4dsl.emulator.warps import BLOCKED, EXITED, LANES, NOWHERE, PARKED, Group, WarpTable
 
-RESIDENT_CTAS = 16
-"""CTAs emulated at a time; more would only cost memory, as CTAs do not order each other."""
 REGISTER_FILE = 65536
 """32-bit registers of one SM, which one CTA's warps share."""
-
-
-@dataclass
-class Report:
-    """What a run did. ``instructions`` counts one a warp; ``opcodes`` and ``mmas`` likewise.
-
-    ``tolerated`` holds the faults that the caller asked to tolerate, each once.
-    """
-
-    kernel: str
-    seed: int
-    seconds: float = 0.0
-    steps: int = 0
-    instructions: int = 0
-    mmas: int = 0
-    copies: int = 0
-    opcodes: Counter = field(default_factory=Counter)
-    tolerated: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -331,7 +307,9 @@ class Machine:
     def _report_parked(self) -> None:
         warp, lane = np.argwhere(self.warps.state != EXITED)[0]
         instruction = self.kernel.instructions[int(self.warps.pc[warp, lane])]
-        fault = DivergentSync("some lanes wait here for lanes of their warp that went elsewhere or exited", warp=int(warp))
+        fault = DivergentSync(
+            "some lanes wait here for lanes of their warp that went elsewhere or exited", warp=int(warp)
+        )
         self._locate(fault, instruction)
         raise fault
 
@@ -366,7 +344,8 @@ class Machine:
                 )
         if all(requests) and sum(r[-1] * LANES for r in requests) > REGISTER_FILE:
             raise RegisterBudget(
-                f"the warps ask for {sum(r[-1] * LANES for r in requests)} registers, the SM has {REGISTER_FILE}", warp=first
+                f"the warps ask for {sum(r[-1] * LANES for r in requests)} registers, the SM has {REGISTER_FILE}",
+                warp=first,
             )
 
     def _finish(self) -> None:
@@ -391,74 +370,3 @@ class Machine:
         warp = fault.warp if fault.warp is not None else warp
         cta = None if warp is None else self.ctas[self.cta_of(warp)]
         fault.locate(instruction, cta, None if warp is None else int(self.clocks.own[warp]))
-
-
-def run(
-    ptx_text: str,
-    launch: Launch,
-    *,
-    seed: int = 0,
-    max_steps: int = 50_000_000,
-    tolerate: Iterable[type[Fault]] = (),
-    progress: Callable[[Report], None] | None = None,
-) -> Report:
-    """Execute one launch of a kernel; its stores change ``launch.buffers``.
-
-    Args:
-        ptx_text: the module that holds the entry ``launch.kernel``.
-        launch: grid, parameters and memory (:class:`~nvfp4dsl.emulator.launch.Launch`).
-        seed: draws the order of warps and of asynchronous copies.
-        max_steps: instructions executed, one a group of warps, before the run counts as endless.
-        tolerate: kinds of fault that are recorded in the report instead of raised, as far as execution can go on.
-        progress: called now and then with the report so far.
-
-    Raises:
-        Fault: a subclass of :class:`~nvfp4dsl.errors.EmulationError` that says what went wrong and where.
-    """
-    started = time.perf_counter()
-    kernel = _find_kernel(parse(ptx_text), launch)
-    report = Report(kernel.name, seed)
-    tolerate = tuple(tolerate)
-    _check_registers(kernel, report, tolerate)
-    memory = GlobalMemory(launch.buffers)
-    rng = np.random.default_rng(seed)
-    x, y, z = launch.grid
-    ctas = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
-    for first in range(0, len(ctas), RESIDENT_CTAS):
-        wave = ctas[first : first + RESIDENT_CTAS]
-        Machine(kernel, launch, wave, first, memory, rng, report, tolerate).run(max_steps, progress)
-    report.seconds = time.perf_counter() - started
-    return report
-
-
-def _find_kernel(kernels: dict[str, Kernel], launch: Launch) -> Kernel:
-    if launch.kernel not in kernels:
-        raise LaunchMismatch(f"the PTX has no entry {launch.kernel}; it has {', '.join(kernels) or 'none'}")
-    kernel = kernels[launch.kernel]
-    required = kernel.directives.get("reqntid")
-    if required and tuple(launch.block) != tuple(required) + (1,) * (3 - len(required)):
-        raise LaunchMismatch(f"the kernel requires {required} threads (.reqntid), the launch has {launch.block}")
-    if tuple(launch.cluster) not in ((1, 1, 1), (0, 0, 0)):
-        raise LaunchMismatch(f"clusters are not emulated; the launch has {launch.cluster}")
-    return kernel
-
-
-def _check_registers(kernel: Kernel, report: Report, tolerate: tuple[type[Fault], ...]) -> None:
-    """Every register that is read must be written somewhere."""
-    written, readers = set(), {}
-    for instruction in kernel.instructions:
-        reads, writes = registers_of(instruction)
-        written |= writes
-        for register in reads:
-            readers.setdefault(register, instruction)
-    missing = {r: i for r, i in readers.items() if r not in written}
-    if missing:
-        names = ", ".join(f"{r.name} (line {i.line})" for r, i in missing.items())
-        fault = UnwrittenRegister(f"registers are read that no instruction writes: {names}")
-        fault.locate(next(iter(missing.values())), None, None)
-        if not isinstance(fault, tolerate):
-            raise fault
-        report.tolerated.append(str(fault))
-
-
-__all__ = ["Machine", "Report", "run", "UnknownInstruction"]

@@ -95,7 +95,8 @@ class Mbarriers:
         agent, event = barrier.author
         if self.clocks.happened[warp, agent] < event:
             raise DataRace(
-                f"mbarrier {address:#x} is used, but nothing orders its initialisation by warp {agent} before", warp=warp
+                f"mbarrier {address:#x} is used, but nothing orders its initialisation by warp {agent} before",
+                warp=warp,
             )
         return barrier
 
@@ -121,7 +122,9 @@ class Mbarriers:
         barrier = self.table.get((cta, address))
         if barrier is None:
             known = ", ".join(f"{a:#x}" for c, a in sorted(self.table) if c == cta) or "none"
-            raise BarrierMisuse(f"no mbarrier is initialised at shared address {address:#x} (initialised: {known})", warp=warp)
+            raise BarrierMisuse(
+                f"no mbarrier is initialised at shared address {address:#x} (initialised: {known})", warp=warp
+            )
         return barrier
 
     # --- arrivals and bytes

@@ -70,7 +70,8 @@ class NamedBarriers:
             raise BarrierMismatch(f"barrier {barrier} does not exist; there are {self.BARRIERS}", warp=warp)
         if count <= 0 or count % 32 or count > -(-self.threads // 32) * 32:
             raise BarrierMismatch(
-                f"barrier {barrier}: a count of {count} threads; it must be a multiple of 32, at most {self.threads}", warp=warp
+                f"barrier {barrier}: a count of {count} threads; it must be a multiple of 32, at most {self.threads}",
+                warp=warp,
             )
 
     def _names(self, warps: list[int]) -> str:

@@ -11,7 +11,18 @@ from collections.abc import Callable
 import numpy as np
 
 from nvfp4dsl.emulator.faults import UnknownInstruction
-from nvfp4dsl.emulator.ptx import WIDTH, Address, Immediate, Instruction, Kernel, Negated, Register, Sink, Symbol, Vector
+from nvfp4dsl.emulator.ptx import (
+    WIDTH,
+    Address,
+    Immediate,
+    Instruction,
+    Kernel,
+    Negated,
+    Register,
+    Sink,
+    Symbol,
+    Vector,
+)
 from nvfp4dsl.emulator.warps import LANES, Group
 
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -138,8 +149,31 @@ def registers_of(instruction: Instruction) -> tuple[set[Register], set[Register]
 
 
 WITHOUT_RESULT = frozenset(
-    "st red bra ret exit bar barrier fence membar cp prefetch setmaxnreg griddepcontrol nanosleep stmatrix trap "
-    "discard applypriority prefetchu tcgen05 wgmma brkpt pmevent".split()
+    [
+        "st",
+        "red",
+        "bra",
+        "ret",
+        "exit",
+        "bar",
+        "barrier",
+        "fence",
+        "membar",
+        "cp",
+        "prefetch",
+        "setmaxnreg",
+        "griddepcontrol",
+        "nanosleep",
+        "stmatrix",
+        "trap",
+        "discard",
+        "applypriority",
+        "prefetchu",
+        "tcgen05",
+        "wgmma",
+        "brkpt",
+        "pmevent",
+    ]
 )
 """Opcodes whose first operand is a source."""
 
@@ -149,9 +183,7 @@ def _flatten(operand: object) -> set[Register]:
         return {operand}
     if isinstance(operand, Negated):
         return {operand.register}
-    children = (
-        getattr(operand, "items", None)
-        or [getattr(operand, n) for n in ("first", "second", "base") if hasattr(operand, n)]
-        + list(getattr(operand, "coordinates", ()))
-    )
+    children = getattr(operand, "items", None) or [
+        getattr(operand, n) for n in ("first", "second", "base") if hasattr(operand, n)
+    ] + list(getattr(operand, "coordinates", ()))
     return set().union(*map(_flatten, children)) if children else set()

@@ -41,7 +41,9 @@ class TensorCore:
         self.pending: set[int] = set()
         self.count = 0
 
-    def enqueue(self, kind: Callable, operands: tuple[np.ndarray, ...], warps: np.ndarray, results: tuple[int, ...]) -> None:
+    def enqueue(
+        self, kind: Callable, operands: tuple[np.ndarray, ...], warps: np.ndarray, results: tuple[int, ...]
+    ) -> None:
         self.queue.append(_Queued(kind, operands, warps, results))
         self.pending.update(results)
         self.count += len(warps)

@@ -50,7 +50,9 @@ def decode(blob: bytes) -> Descriptor:
     rank = (word >> 4 & 7) + 1
     kind, interleave, swizzle = word >> 7 & 15, word >> 11 & 3, word >> 13 & 3
     if rank > 5 or kind not in ELEMENT_BITS or interleave:
-        raise TensormapMisuse(f"tensor map with rank {rank}, element type {kind}, interleave {interleave}: not known here")
+        raise TensormapMisuse(
+            f"tensor map with rank {rank}, element type {kind}, interleave {interleave}: not known here"
+        )
     strides = tuple(16 * s for s in struct.unpack_from(f"<{rank - 1}I", blob, 12)) if rank > 1 else ()
     extents = tuple(e + 1 for e in struct.unpack_from(f"<{rank}I", blob, 32))
     box = tuple(b + 1 for b in struct.unpack_from(f"<{rank}B", blob, 55))
@@ -59,9 +61,13 @@ def decode(blob: bytes) -> Descriptor:
     if address % 16 or row % 128:
         raise TensormapMisuse(f"{descriptor}: the address and a box's row must be multiples of 16 bytes")
     if row // 8 > SWIZZLE_SPAN[swizzle]:
-        raise TensormapMisuse(f"{descriptor}: a box's row of {row // 8} bytes exceeds the swizzle's {SWIZZLE_SPAN[swizzle]}")
+        raise TensormapMisuse(
+            f"{descriptor}: a box's row of {row // 8} bytes exceeds the swizzle's {SWIZZLE_SPAN[swizzle]}"
+        )
     if swizzle and row // 8 < SWIZZLE_SPAN[swizzle]:
-        raise TensormapMisuse(f"{descriptor}: a box's row shorter than the swizzle's {SWIZZLE_SPAN[swizzle]} bytes is not known here")
+        raise TensormapMisuse(
+            f"{descriptor}: a box's row shorter than the swizzle's {SWIZZLE_SPAN[swizzle]} bytes is not known here"
+        )
     return descriptor
 
 
@@ -95,12 +101,16 @@ class Transfer:
 def box(descriptor: Descriptor, coordinates: list[int], smem: int, warp: int) -> Transfer:
     """The transfer of one box at ``coordinates`` to or from shared address ``smem``."""
     if len(coordinates) != len(descriptor.box):
-        raise TensormapMisuse(f"{len(coordinates)} coordinates for a tensor map of rank {len(descriptor.box)}", warp=warp)
+        raise TensormapMisuse(
+            f"{len(coordinates)} coordinates for a tensor map of rank {len(descriptor.box)}", warp=warp
+        )
     if smem % 128:
         raise TensormapMisuse(f"shared address {smem:#x} of a tensor copy must be a multiple of 128", warp=warp)
     unit = 16 if descriptor.bits == 4 else 1  # packed FP4 moves 16 elements at a time
     if descriptor.bits == 4 and coordinates[0] % 32:
-        raise TensormapMisuse(f"coordinate {coordinates[0]} of packed 4-bit elements must be a multiple of 32", warp=warp)
+        raise TensormapMisuse(
+            f"coordinate {coordinates[0]} of packed 4-bit elements must be a multiple of 32", warp=warp
+        )
     index = np.indices(descriptor.box[:0:-1]).reshape(len(descriptor.box) - 1, -1)[::-1]  # dimensions 1.. of each row
     at = index + np.array(coordinates[1:], np.int64).reshape(-1, 1)
     inside = np.ones(at.shape[1] if at.size else 1, bool)
@@ -113,7 +123,9 @@ def box(descriptor: Descriptor, coordinates: list[int], smem: int, warp: int) ->
     last = min(descriptor.box[0], descriptor.extents[0] - coordinates[0])
     last = max(first, last)
     if descriptor.bits == 4 and (first % unit or last % unit):
-        raise TensormapMisuse(f"packed 4-bit tensor of extent {descriptor.extents[0]}: the edge splits a unit of {unit}", warp=warp)
+        raise TensormapMisuse(
+            f"packed 4-bit tensor of extent {descriptor.extents[0]}: the edge splits a unit of {unit}", warp=warp
+        )
     lo, hi = first * descriptor.bits // 8, last * descriptor.bits // 8
     linear = smem + np.arange(inside.size)[:, None] * row_bytes + np.arange(row_bytes)
     swizzled = linear ^ (linear >> 3 & SWIZZLE_MASK[descriptor.swizzle])
@@ -192,4 +204,6 @@ def _author(machine, operation: Operation, count: int) -> Author:
 
     fill = lambda value: np.full(count, value, np.int64)  # noqa: E731
     name = "an asynchronous copy"
-    return Author(name, fill(operation.write_agent), fill(operation.event), fill(operation.cta + machine.first_cta), known)
+    return Author(
+        name, fill(operation.write_agent), fill(operation.event), fill(operation.cta + machine.first_cta), known
+    )

@@ -72,7 +72,12 @@ def tensor_store(t: Translator, i: Instruction):
 
 @instruction(rf"cp\.async\.bulk\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes{_HINTS}")
 def linear_load(t: Translator, i: Instruction):
-    readers = [_shared(t, i.operands[0]), t.address(i.operands[1]), t.read(i.operands[2], "u32"), _shared(t, i.operands[3])]
+    readers = [
+        _shared(t, i.operands[0]),
+        t.address(i.operands[1]),
+        t.read(i.operands[2], "u32"),
+        _shared(t, i.operands[3]),
+    ]
     machine = t.machine
 
     def run(g: Group) -> None:

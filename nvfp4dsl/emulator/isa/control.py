@@ -19,7 +19,9 @@ def leave(t: Translator, i: Instruction):
     return lambda g: None
 
 
-@instruction(r"nanosleep\.u32|griddepcontrol\.(wait|launch_dependents)|prefetch(u)?(\..+)?|applypriority\..+|discard\..+")
+@instruction(
+    r"nanosleep\.u32|griddepcontrol\.(wait|launch_dependents)|prefetch(u)?(\..+)?|applypriority\..+|discard\..+"
+)
 @instruction(r"pmevent(\.mask)?|cp\.async\.bulk\.prefetch\..+|createpolicy\.never")
 def hint(t: Translator, i: Instruction):
     """Timing only: one launch is emulated at a time, and there is no cache."""

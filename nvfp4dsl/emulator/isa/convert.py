@@ -47,7 +47,9 @@ def decode_small(code: np.ndarray, kind: str) -> np.ndarray:
     """The values of e2m1, e4m3 or e5m2 codes, float64."""
     if kind == "e2m1":
         return np.where(code & 8, -1.0, 1.0) * E2M1[code & 7]
-    table = np.concatenate([E4M3, [np.nan]]) if kind == "e4m3" else np.concatenate([E5M2, [np.inf, np.nan, np.nan, np.nan]])
+    table = (
+        np.concatenate([E4M3, [np.nan]]) if kind == "e4m3" else np.concatenate([E5M2, [np.inf, np.nan, np.nan, np.nan]])
+    )
     return np.where(code & 128, -1.0, 1.0) * table[code & 127]
 
 

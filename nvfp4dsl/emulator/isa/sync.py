@@ -134,7 +134,9 @@ def invalidate(t: Translator, i: Instruction):
     return run
 
 
-@instruction(rf"mbarrier\.(arrive|arrive_drop)(\.expect_tx)?{_ORDER}(\.noComplete)?(\.(shared|shared::cta|shared::cluster))?\.b64")
+@instruction(
+    rf"mbarrier\.(arrive|arrive_drop)(\.expect_tx)?{_ORDER}(\.noComplete)?(\.(shared|shared::cta|shared::cluster))?\.b64"
+)
 def arrive(t: Translator, i: Instruction):
     """With ``expect_tx`` the second operand is bytes, and the arrival counts one."""
     machine = t.machine

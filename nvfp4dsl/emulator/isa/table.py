@@ -189,4 +189,4 @@ def _member_mask(translator: Translator, instruction: Instruction) -> Reader | N
     return None
 
 
-__all__ = ["Blocking", "Branch", "Exit", "NOWHERE", "Plain", "Step", "Translator", "compile_program", "instruction"]
+__all__ = ["NOWHERE", "Blocking", "Branch", "Exit", "Plain", "Step", "Translator", "compile_program", "instruction"]

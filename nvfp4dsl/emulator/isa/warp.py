@@ -82,12 +82,19 @@ def elect(t: Translator, i: Instruction):
     def run(g: Group) -> None:
         leader = order[g.mask[:, order].argmax(axis=1)][:, None]
         write(g, np.broadcast_to(leader, g.mask.shape).astype(np.uint32))
-        write_elected(g, _LANE == leader)
+        write_elected(g, leader == _LANE)
 
     return run
 
 
-_REDUCE = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+_REDUCE = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
 
 
 @instruction(r"redux\.sync\.(add|min|max)\.(u32|s32)|redux\.sync\.(and|or|xor)\.b32")

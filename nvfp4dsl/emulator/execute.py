@@ -1,0 +1,87 @@
+"""The entry of the emulator: :func:`run` executes one launch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from nvfp4dsl.emulator.faults import Fault, LaunchMismatch, UnwrittenRegister
+from nvfp4dsl.emulator.launch import Launch
+from nvfp4dsl.emulator.machine import Machine
+from nvfp4dsl.emulator.memory import GlobalMemory
+from nvfp4dsl.emulator.ptx import Kernel, parse
+from nvfp4dsl.emulator.registers import registers_of
+from nvfp4dsl.emulator.report import Report
+
+RESIDENT_CTAS = 16
+"""CTAs emulated at a time; more would only cost memory, as CTAs do not order each other."""
+
+
+def run(
+    ptx_text: str,
+    launch: Launch,
+    *,
+    seed: int = 0,
+    max_steps: int = 50_000_000,
+    tolerate: Iterable[type[Fault]] = (),
+    progress: Callable[[Report], None] | None = None,
+) -> Report:
+    """Execute one launch of a kernel; its stores change ``launch.buffers``.
+
+    Args:
+        ptx_text: the module that holds the entry ``launch.kernel``.
+        launch: grid, parameters and memory (:class:`~nvfp4dsl.emulator.launch.Launch`).
+        seed: draws the order of warps and of asynchronous copies.
+        max_steps: instructions executed, one a group of warps, before the run counts as endless.
+        tolerate: kinds of fault that are recorded in the report instead of raised, as far as execution can go on.
+        progress: called now and then with the report so far.
+
+    Raises:
+        Fault: a subclass of :class:`~nvfp4dsl.errors.EmulationError` that says what went wrong and where.
+    """
+    started = time.perf_counter()
+    kernel = _find_kernel(parse(ptx_text), launch)
+    report = Report(kernel.name, seed)
+    tolerate = tuple(tolerate)
+    _check_registers(kernel, report, tolerate)
+    memory = GlobalMemory(launch.buffers)
+    rng = np.random.default_rng(seed)
+    x, y, z = launch.grid
+    ctas = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    for first in range(0, len(ctas), RESIDENT_CTAS):
+        wave = ctas[first : first + RESIDENT_CTAS]
+        Machine(kernel, launch, wave, first, memory, rng, report, tolerate).run(max_steps, progress)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _find_kernel(kernels: dict[str, Kernel], launch: Launch) -> Kernel:
+    if launch.kernel not in kernels:
+        raise LaunchMismatch(f"the PTX has no entry {launch.kernel}; it has {', '.join(kernels) or 'none'}")
+    kernel = kernels[launch.kernel]
+    required = kernel.directives.get("reqntid")
+    if required and tuple(launch.block) != tuple(required) + (1,) * (3 - len(required)):
+        raise LaunchMismatch(f"the kernel requires {required} threads (.reqntid), the launch has {launch.block}")
+    if tuple(launch.cluster) not in ((1, 1, 1), (0, 0, 0)):
+        raise LaunchMismatch(f"clusters are not emulated; the launch has {launch.cluster}")
+    return kernel
+
+
+def _check_registers(kernel: Kernel, report: Report, tolerate: tuple[type[Fault], ...]) -> None:
+    """Every register that is read must be written somewhere."""
+    written, readers = set(), {}
+    for instruction in kernel.instructions:
+        reads, writes = registers_of(instruction)
+        written |= writes
+        for register in reads:
+            readers.setdefault(register, instruction)
+    missing = {r: i for r, i in readers.items() if r not in written}
+    if missing:
+        names = ", ".join(f"{r.name} (line {i.line})" for r, i in missing.items())
+        fault = UnwrittenRegister(f"registers are read that no instruction writes: {names}")
+        fault.locate(next(iter(missing.values())), None, None)
+        if not isinstance(fault, tolerate):
+            raise fault
+        report.tolerated.append(str(fault))
