@@ -86,7 +86,11 @@ class Sink:
 
 @dataclass
 class Instruction:
-    """One instruction. ``parts`` is the opcode split at dots, ``predicate`` the guard as (register, negated)."""
+    """One instruction.
+
+    ``parts`` is the opcode split at dots, ``predicate`` the guard as (register, negated), ``target`` the index that a
+    branch goes to, ``span`` the place in the module's text, guard and semicolon included.
+    """
 
     line: int
     text: str
@@ -94,6 +98,7 @@ class Instruction:
     operands: tuple
     predicate: tuple[Register, bool] | None = None
     target: int = -1
+    span: tuple[int, int] = (0, 0)
 
     @property
     def opcode(self) -> str:
@@ -235,7 +240,7 @@ class _Body:
         if statement.startswith("."):
             self._declaration(statement, at, stop)
         else:
-            self._instruction(statement, at)
+            self._instruction(statement, at, stop + 1)
         return stop + 1
 
     def _close_scope(self) -> None:
@@ -267,7 +272,7 @@ class _Body:
             self.scopes[-1][each] = Register(each, bits, self.kernel.registers[bits])
             self.kernel.registers[bits] += 1
 
-    def _instruction(self, statement: str, at: int) -> None:
+    def _instruction(self, statement: str, at: int, end: int) -> None:
         guard = _GUARD.match(statement)
         predicate = None
         body = statement
@@ -278,7 +283,7 @@ class _Body:
         parts = tuple(opcode.split("."))
         operands = tuple(self._operand(o, at, parts[0]) for o in _split(rest)) if rest.strip() else ()
         line = self.text.count("\n", 0, at) + 1
-        instruction = Instruction(line, re.sub(r"\s+", " ", statement) + ";", parts, operands, predicate)
+        instruction = Instruction(line, re.sub(r"\s+", " ", statement) + ";", parts, operands, predicate, span=(at, end))
         if parts[0] == "bra":
             self.open_branches[-1].append(instruction)
         self.kernel.instructions.append(instruction)

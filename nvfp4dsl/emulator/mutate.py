@@ -1,0 +1,111 @@
+"""Deletes a kernel's synchronisation, piece by piece, to see whether the emulator notices.
+
+:func:`mutants` yields the module once for each barrier operation, fence, wait and bulk-group operation, with that one
+deleted. A wait that sets a predicate cannot just go, since a branch reads the predicate: it becomes a wait that always
+succeeds. ``arrive.expect_tx`` goes in two ways, whole and without its bytes. :func:`survey` runs the mutants.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from nvfp4dsl.emulator.execute import run
+from nvfp4dsl.emulator.faults import Fault
+from nvfp4dsl.emulator.launch import Launch
+from nvfp4dsl.emulator.ptx import Instruction, Pair, Register, parse
+
+SYNCHRONISATION = frozenset({"bar", "barrier", "fence", "membar", "mbarrier"})
+"""First parts of the opcodes that are deleted."""
+GROUPS = (("cp", "async", "bulk", "commit_group"), ("cp", "async", "bulk", "wait_group"))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A module with one instruction deleted: its line (1-based), its text, what was done, and the module's text."""
+
+    line: int
+    instruction: str
+    change: str
+    ptx: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: the fault that reported it, ``"wrong result"``, or None for a survivor.
+
+    ``seed`` is that of the run which told, ``message`` the fault's text.
+    """
+
+    mutant: Mutant
+    verdict: str | None
+    seed: int | None = None
+    message: str = ""
+
+
+def mutants(ptx_text: str, kernel: str | None = None) -> Iterator[Mutant]:
+    """Every single deletion of synchronisation in ``kernel``, or in all entries of the module."""
+    for entry in parse(ptx_text).values():
+        if kernel not in (None, entry.name):
+            continue
+        for instruction in entry.instructions:
+            if not (instruction.parts[0] in SYNCHRONISATION or instruction.parts[:4] in GROUPS):
+                continue
+            for change, replacement in _replacements(instruction):
+                start, end = instruction.span
+                text = ptx_text[:start] + replacement + ptx_text[end:]
+                yield Mutant(instruction.line, instruction.text, change, text)
+
+
+def _replacements(instruction: Instruction) -> Iterator[tuple[str, str]]:
+    """(what is done, the text in its place)."""
+    if "try_wait" in instruction.parts or "test_wait" in instruction.parts:
+        yield "always succeeds", f"setp.eq.u32 {_name(instruction.operands[0])}, 0, 0;"
+        return
+    yield "deleted", ""
+    if "expect_tx" in instruction.parts and "arrive" in instruction.parts:
+        plain = instruction.text.replace(".expect_tx", "")
+        yield "without its bytes", plain[: plain.rindex(",")] + ";"
+
+
+def _name(operand: object) -> str:
+    if isinstance(operand, Pair):
+        operand = operand.first
+    assert isinstance(operand, Register)
+    return operand.name
+
+
+def survey(
+    ptx_text: str,
+    launch: Launch,
+    *,
+    seeds: Iterable[int] = (0, 1),
+    tolerate: Iterable[type[Fault]] = (),
+    max_steps: int = 1_000_000,
+    progress: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Run every mutant on copies of ``launch`` until a seed reports it; the unchanged module gives the right result."""
+    seeds, tolerate = tuple(seeds), tuple(tolerate)
+    good = copy.deepcopy(launch)
+    run(ptx_text, good, seed=seeds[0], tolerate=tolerate, max_steps=max_steps)
+    outcomes = []
+    for mutant in mutants(ptx_text, launch.kernel):
+        outcomes.append(_try(mutant, launch, good, seeds, tolerate, max_steps))
+        if progress is not None:
+            progress(outcomes[-1])
+    return outcomes
+
+
+def _try(mutant: Mutant, launch: Launch, good: Launch, seeds, tolerate, max_steps: int) -> Outcome:
+    for seed in seeds:
+        trial = copy.deepcopy(launch)
+        try:
+            run(mutant.ptx, trial, seed=seed, tolerate=tolerate, max_steps=max_steps)
+        except Fault as fault:
+            return Outcome(mutant, type(fault).__name__, seed, str(fault))
+        if any(not np.array_equal(t.data, g.data) for t, g in zip(trial.buffers, good.buffers, strict=True)):
+            return Outcome(mutant, "wrong result", seed)
+    return Outcome(mutant, None)
