@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import struct
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +25,7 @@ import numpy as np
 from nvfp4dsl.emulator.launch import Buffer, Launch
 from nvfp4dsl.emulator.ptx import Parameter, parse
 from nvfp4dsl.emulator.substitute import substitute
-from nvfp4dsl.errors import LaunchError, TargetError
+from nvfp4dsl.errors import LaunchError, NVFP4Error, TargetError
 
 CAPABILITY = (9, 0)
 DESCRIPTOR_BYTES, DESCRIPTOR_ALIGN = 128, 64
@@ -33,11 +35,15 @@ GUARD = 4096
 """Bytes before and after each buffer that the kernel must leave alone."""
 GUARD_BYTE = 0xA5
 
+DEADLOCK_SECONDS = 20.0
+"""A kernel that runs longer counts as hung; those worth checking take less than a millisecond."""
+
 # CUdevice_attribute, CUfunction_attribute and CUjit_option of cuda.h.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _SMEM_OPTIN = 75, 76, 97
 _MAX_DYNAMIC_SMEM = 8
 _NUM_REGS = 4
 _JIT_ERROR_LOG, _JIT_ERROR_LOG_BYTES = 5, 6
+_NOT_READY = 600
 
 
 @dataclass
@@ -62,7 +68,8 @@ def run(ptx: str, launch: Launch, *, device: int = 0) -> HopperReport:
 
     Raises:
         TargetError: no Hopper GPU, or PTX that cannot be substituted.
-        LaunchError: the driver refused something, or the kernel stored outside its buffers or into read-only ones.
+        LaunchError: the driver refused something, the kernel hung, or it stored outside its buffers or into read-only
+            ones. A process whose kernel hung cannot use the device again: end it.
     """
     text = substitute(ptx)
     entries = parse(text)
@@ -148,6 +155,7 @@ class _Driver:
             )
         self._module = ctypes.c_void_p()
         self._memory: list[int] = []
+        self._hung = False
 
     def __enter__(self) -> _Driver:
         context = ctypes.c_void_p()
@@ -157,6 +165,8 @@ class _Driver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After a fault in the kernel the context is lost: every call fails, and the first error is the one to report.
+        if self._hung:
+            return  # each of these calls would wait for the kernel
         check = kind is None
         for address in self._memory:
             self._call("cuMemFree_v2", ctypes.c_uint64(address), check=check)
@@ -217,7 +227,15 @@ class _Driver:
         pointers = (ctypes.c_void_p * len(images))(*map(ctypes.addressof, images))
         started = time.perf_counter()
         self._call("cuLaunchKernel", function, *launch.grid, *launch.block, launch.smem_bytes, None, pointers, None)
-        self._call("cuCtxSynchronize")
+        while (status := self._cuda.cuStreamQuery(None)) == _NOT_READY:
+            if time.perf_counter() - started > DEADLOCK_SECONDS:
+                self._hung = True
+                raise LaunchError(
+                    f"{launch.kernel} did not end within {DEADLOCK_SECONDS:g} s: a deadlock. nvfp4dsl emulate names "
+                    "the warps that wait. If it passes there, look at setmaxnreg: a block that asks for more registers "
+                    "than it was launched with waits for ever"
+                )
+        self._check("cuStreamQuery", status)
         return time.perf_counter() - started
 
     def registers(self, function: ctypes.c_void_p) -> int:
@@ -233,7 +251,11 @@ class _Driver:
 
     def _call(self, name: str, *args: Any, check: bool = True) -> None:
         status = getattr(self._cuda, name)(*args)
-        if status and check:
+        if check:
+            self._check(name, status)
+
+    def _check(self, name: str, status: int) -> None:
+        if status:
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorString(status, ctypes.byref(text))
             raise LaunchError(f"{name} failed with CUDA error {status} ({(text.value or b'unknown').decode()})")
@@ -247,7 +269,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     launch = Launch.load(args.launch)
-    report = run(args.ptx.read_text(), launch)
+    try:
+        report = run(args.ptx.read_text(), launch)
+    except NVFP4Error as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # an ordinary exit waits for a kernel that hangs
     if args.out:
         launch.save(args.out)
     fields = asdict(report)

@@ -1,4 +1,4 @@
-"""The kernels that the H200 executes with only their OMMA substituted: shapes, operands, and how a run is made.
+"""The kernels that the H200 executes with only their OMMA substituted: shapes, operands, PTX and launch.
 
 Where CuTe DSL is missing on the GPU machine, prepare PTX and launches elsewhere and carry the folder there:
 
@@ -9,7 +9,6 @@ Where CuTe DSL is missing on the GPU machine, prepare PTX and launches elsewhere
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -76,30 +75,26 @@ CASES = [
 ]
 
 
-def compute(case: Case, execute: Callable[[str, Launch], object]) -> torch.Tensor:
-    """The real kernel's result, its PTX and launch handed to ``execute`` in the emulator's place."""
-    a, b, bias = case.operands()
-    with nv.emulate("sm_121a"), patch.object(emulator, "run", lambda ptx, launch, **_: execute(ptx, launch)):
-        return nv.mm(nv.prepare(a, "sm_121a"), nv.prepare(b, "sm_121a"), bias, out_dtype=case.out_dtype, tile=case.tile)
-
-
 def files(folder: Path, case: Case) -> tuple[Path, Path]:
-    """PTX and launch of a case in a prepared folder."""
+    """PTX and launch of a case in a folder."""
     return folder / f"{case}.ptx", folder / f"{case}.launch.npz"
 
 
-def prepare(folder: Path) -> None:
-    """Writes PTX and launch of every case; nothing is executed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for case in CASES:
-        ptx_file, launch_file = files(folder, case)
+def write(folder: Path, case: Case) -> None:
+    """Compiles the real kernel and writes its PTX and launch; nothing is executed."""
+    ptx_file, launch_file = files(folder, case)
 
-        def save(ptx: str, launch: Launch, ptx_file: Path = ptx_file, launch_file: Path = launch_file) -> None:
-            ptx_file.write_text(ptx)
-            launch.save(launch_file)
+    def save(ptx: str, launch: Launch, **_: object) -> None:
+        ptx_file.write_text(ptx)
+        launch.save(launch_file)
 
-        compute(case, save)
+    a, b, bias = case.operands()
+    with nv.emulate("sm_121a"), patch.object(emulator, "run", save):
+        nv.mm(nv.prepare(a, "sm_121a"), nv.prepare(b, "sm_121a"), bias, out_dtype=case.out_dtype, tile=case.tile)
 
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]))
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    for each in CASES:
+        write(target, each)
