@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,18 +36,20 @@ class Worker:
 
     def __init__(self, target: str) -> None:
         self._connection, theirs = Pipe()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._folder = tempfile.mkdtemp(prefix="nvfp4dsl-")  # all it writes, gone with it however it ends
+        self._stderr = open(os.path.join(self._folder, "stderr"), "w+b")  # noqa: SIM115 - lives as long as the process
         # The caller's own settings of the DSL are not part of the cache key, so they must not reach the compiler.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_VARIABLES)}
+        environment["TMPDIR"] = self._folder
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        environment["CUTE_DSL_ARCH"] = target  # before the package is imported on the way to main()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, target, str(theirs.fileno())],
+            [sys.executable, "-c", _START, target, str(theirs.fileno()), self._folder],
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,
             stderr=self._stderr,
             env=environment,
             pass_fds=(theirs.fileno(),),
+            start_new_session=True,  # an interrupt from the keyboard is the parent's to act on
         )
         theirs.close()
 
@@ -63,6 +66,9 @@ class Worker:
         except (EOFError, ConnectionError) as error:
             status = self._end(grace_seconds=5.0)
             raise WorkerDiedError(f"the compiler process died with status {status}.{self._said()}") from error
+        except BaseException:  # an interrupt: its answer is still to come, so it cannot be asked again
+            self._end(grace_seconds=0.0)
+            raise
         if not answered:
             self._end(grace_seconds=0.0)
             raise CompileError(
@@ -87,6 +93,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
         """Ends the process."""

@@ -1,6 +1,6 @@
 """The compiler process: latches one target, then compiles what it is sent until the connection closes.
 
-:func:`main` is called with a target and a file descriptor on the command line. The descriptor is a
+:func:`main` is called with a target, a file descriptor and a scratch folder on the command line. The descriptor is a
 :class:`multiprocessing.connection.Connection`, on which it receives :class:`Request` and sends :class:`Product`, or the
 exception that came instead. Whatever the compiler prints goes to stderr. It leaves when the connection closes, or when
 it has had nothing to do for :data:`IDLE_SECONDS`. :mod:`nvfp4dsl.jit.pool` is the other end.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -106,9 +107,9 @@ def _sendable(error: BaseException) -> BaseException:
 
 
 def main() -> None:
-    target, fd = sys.argv[1], int(sys.argv[2])
+    target, fd, folder = sys.argv[1:]
     os.dup2(2, 1)  # the compiler's prints
     os.environ["CUTE_DSL_ARCH"] = target
-    with TemporaryDirectory(prefix="nvfp4dsl-") as folder:  # --keep-ptx and --keep-cubin also write files
-        os.environ["CUTE_DSL_DUMP_DIR"] = folder
-        serve(Connection(fd), target)
+    os.environ["CUTE_DSL_DUMP_DIR"] = folder  # --keep-ptx and --keep-cubin also write files
+    serve(Connection(int(fd)), target)
+    shutil.rmtree(folder, ignore_errors=True)

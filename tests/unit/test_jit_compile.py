@@ -123,6 +123,20 @@ def test_a_worker_that_left_is_replaced():
     assert not compile(SPEC, TileConfig(m=64), TARGET, builder=SCALE).cached
 
 
+def test_a_worker_whose_answer_nobody_took_is_not_asked_again(monkeypatch):
+    compile(SPEC, TILE, TARGET, builder=SCALE)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.connection.Connection.poll", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compile(SPEC, TileConfig(m=64), TARGET, builder=SCALE)
+    kernel = compile(SPEC, TileConfig(n=64), TARGET, builder=SCALE)
+    assert f"__tvm_ffi_{kernel.symbol}".encode() in kernel.object_path.read_bytes()
+
+
 def test_changed_sources_take_a_new_worker(monkeypatch):
     compile(SPEC, TILE, TARGET, builder=SCALE)
     before = workers()
@@ -143,15 +157,15 @@ def test_workers_end_with_their_parent():
         "from nvfp4dsl.config import GemmSpec, TileConfig\n"
         f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         f"compile(GemmSpec(), TileConfig(), 'sm_121a', builder={SCALE!r})\n"
-        "print(*[w._process.pid for ws in pool._idle.values() for w in ws], flush=True)\n"
+        "print(*[x for ws in pool._idle.values() for w in ws for x in (w._process.pid, w._folder)], flush=True)\n"
         "if sys.argv[1] == 'killed': os.kill(os.getpid(), 9)"
     )
     for how in ("ends", "killed"):
         store().clear()
         done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True)
-        (pid,) = done.stdout.split()
+        pid, scratch = done.stdout.split()
         deadline = time.monotonic() + 20
-        while running(pid):
+        while running(pid) or os.path.exists(scratch):
             assert time.monotonic() < deadline, f"worker {pid} outlives a parent that {how}"
             time.sleep(0.05)
 
