@@ -146,20 +146,23 @@ class AsyncCopies:
 
     # --- the end
 
-    def thread_exits(self, warp: int, lane: int) -> None:
-        """A thread must have committed its bulk stores, and waited until their sources were read."""
-        thread = self.threads.get((warp, lane))
-        if thread is None:
-            return
-        if thread.open:
-            raise UnfinishedBulk(f"lane {lane} exits with {len(thread.open)} bulk stores never committed", warp=warp)
-        waiting = sum(not g.read_waited and bool(g.operations) for g in thread.groups)
-        if waiting:
-            raise UnfinishedBulk(
-                f"lane {lane} exits with {waiting} bulk groups that may still be reading shared memory "
-                "(no cp.async.bulk.wait_group covers them)",
-                warp=warp,
-            )
+    def threads_exit(self, warp: int, lanes: list[int]) -> None:
+        """Threads must have committed their bulk stores, and waited until their sources were read."""
+        for lane in lanes:
+            thread = self.threads.get((warp, lane))
+            if thread is None:
+                continue
+            if thread.open:
+                raise UnfinishedBulk(
+                    f"lane {lane} exits with {len(thread.open)} bulk stores never committed", warp=warp
+                )
+            waiting = sum(not g.read_waited and bool(g.operations) for g in thread.groups)
+            if waiting:
+                raise UnfinishedBulk(
+                    f"lane {lane} exits with {waiting} bulk groups that may still be reading shared memory "
+                    "(no cp.async.bulk.wait_group covers them)",
+                    warp=warp,
+                )
 
     def cta_ends(self, cta: int) -> None:
         """No load may be in flight when its CTA ends."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 
 from nvfp4dsl.emulator.faults import Fault, LaunchMismatch, UnwrittenRegister
 from nvfp4dsl.emulator.launch import Launch
@@ -50,11 +52,23 @@ def run(
     rng = np.random.default_rng(seed)
     x, y, z = launch.grid
     ctas = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
-    for first in range(0, len(ctas), RESIDENT_CTAS):
-        wave = ctas[first : first + RESIDENT_CTAS]
-        Machine(kernel, launch, wave, first, memory, rng, report, tolerate).run(max_steps, progress)
+    with _one_torch_thread():
+        for first in range(0, len(ctas), RESIDENT_CTAS):
+            wave = ctas[first : first + RESIDENT_CTAS]
+            Machine(kernel, launch, wave, first, memory, rng, report, tolerate).run(max_steps, progress)
     report.seconds = time.perf_counter() - started
     return report
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The tensor core's batches are too small to share: on two busy cores a second thread made them ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _find_kernel(kernels: dict[str, Kernel], launch: Launch) -> Kernel:

@@ -316,13 +316,11 @@ class Machine:
     def exit_lanes(self, group: Group) -> None:
         """The active lanes leave; the last lane of a CTA ends it."""
         for row in group.rows():
-            warp = int(group.warps[row])
-            for lane in np.flatnonzero(group.mask[row]):
-                try:
-                    self.copies.thread_exits(warp, int(lane))
-                except Fault as fault:
-                    self._locate(fault, self.kernel.instructions[group.pc])
-                    self.tolerated(fault)
+            try:
+                self.copies.threads_exit(int(group.warps[row]), np.flatnonzero(group.mask[row]).tolist())
+            except Fault as fault:
+                self._locate(fault, self.kernel.instructions[group.pc])
+                self.tolerated(fault)
         self.warps.set_state(group, group.mask, EXITED)
         self.note_change()
         for cta in {self.cta_of(w) for w in group.warps}:

@@ -8,7 +8,7 @@ succeeds. ``arrive.expect_tx`` goes in two ways, whole and without its bytes. :f
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,32 +80,44 @@ def _name(operand: object) -> str:
 
 def survey(
     ptx_text: str,
-    launch: Launch,
+    launches: Sequence[Launch],
     *,
     seeds: Iterable[int] = (0, 1),
     tolerate: Iterable[type[Fault]] = (),
     max_steps: int = 1_000_000,
     progress: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Run every mutant on copies of ``launch`` until a seed reports it; the unchanged module gives the right result."""
-    seeds, tolerate = tuple(seeds), tuple(tolerate)
-    good = copy.deepcopy(launch)
-    run(ptx_text, good, seed=seeds[0], tolerate=tolerate, max_steps=max_steps)
+    """Run every mutant on copies of the launches until one reports it; the unchanged module gives the right results.
+
+    Give launches that differ in how often they go round the kernel's rings: fewer K tiles than stages, and more;
+    several output tiles for one CTA. A barrier may be needed by one of them only.
+    """
+    tolerate = tuple(tolerate)
+    trials = [(launch, seed) for seed in seeds for launch in launches]
+    right = {}
+    for launch in launches:
+        good = copy.deepcopy(launch)
+        run(ptx_text, good, tolerate=tolerate, max_steps=max_steps)
+        right[id(launch)] = good
     outcomes = []
-    for mutant in mutants(ptx_text, launch.kernel):
-        outcomes.append(_try(mutant, launch, good, seeds, tolerate, max_steps))
+    for mutant in mutants(ptx_text, launches[0].kernel):
+        outcomes.append(_try(mutant, trials, right, tolerate, max_steps))
         if progress is not None:
             progress(outcomes[-1])
     return outcomes
 
 
-def _try(mutant: Mutant, launch: Launch, good: Launch, seeds, tolerate, max_steps: int) -> Outcome:
-    for seed in seeds:
+def _try(
+    mutant: Mutant, trials: list[tuple[Launch, int]], right: dict[int, Launch], tolerate, max_steps: int
+) -> Outcome:
+    for launch, seed in trials:
         trial = copy.deepcopy(launch)
         try:
             run(mutant.ptx, trial, seed=seed, tolerate=tolerate, max_steps=max_steps)
         except Fault as fault:
             return Outcome(mutant, type(fault).__name__, seed, str(fault))
-        if any(not np.array_equal(t.data, g.data) for t, g in zip(trial.buffers, good.buffers, strict=True)):
+        if any(
+            not np.array_equal(t.data, g.data) for t, g in zip(trial.buffers, right[id(launch)].buffers, strict=True)
+        ):
             return Outcome(mutant, "wrong result", seed)
     return Outcome(mutant, None)
