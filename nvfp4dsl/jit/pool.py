@@ -1,7 +1,8 @@
 """Compiler processes, kept for the next compilation: importing the compiler costs more than compiling a kernel.
 
 One target a process, since the architecture is latched when the compiler is imported. A process that has read other
-sources than the present ones is of no use either, so processes are kept apart by the digest of the sources too.
+sources than the present ones is of no use either, so processes are kept apart by the digest of the sources too, and idle
+ones of other sources end.
 """
 
 from __future__ import annotations
@@ -141,6 +142,10 @@ class Pool:
             while idle:
                 if (worker := idle.pop()).alive:
                     return worker, False
+            outdated = [w for k, ws in self._idle.items() if k[0] == kind[0] and k != kind for w in ws]
+            self._idle = {k: ws for k, ws in self._idle.items() if k[0] != kind[0] or k == kind}
+        for worker in outdated:
+            worker.close()
         log.debug("starting a compiler process for %s", kind[0])
         try:
             return Worker(kind[0]), True
@@ -151,7 +156,7 @@ class Pool:
     def _give_back(self, kind: tuple[str, str], worker: Worker) -> None:
         with self._changed:
             if worker.alive:
-                self._idle[kind].append(worker)
+                self._idle.setdefault(kind, []).append(worker)
         self._release(kind)
 
     def _release(self, kind: tuple[str, str]) -> None:

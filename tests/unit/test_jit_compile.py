@@ -137,13 +137,16 @@ def test_a_worker_whose_answer_nobody_took_is_not_asked_again(monkeypatch):
     assert f"__tvm_ffi_{kernel.symbol}".encode() in kernel.object_path.read_bytes()
 
 
-def test_changed_sources_take_a_new_worker(monkeypatch):
+def test_changed_sources_take_a_new_worker_and_end_the_old_one(monkeypatch):
+    pool.close()
     compile(SPEC, TILE, TARGET, builder=SCALE)
     before = workers()
     closure = {"nvfp4dsl/config.py": "edited meanwhile"}
     monkeypatch.setattr(compiler.KeyInputs, "of", edited(compiler.KeyInputs.of, closure=closure))
     assert not compile(SPEC, TILE, TARGET, builder=SCALE).cached
-    assert set(workers()) > set(before)
+    assert len(workers()) == 1
+    assert workers() != before
+    assert not running(*before)
 
 
 def edited(of, **changes):
