@@ -1,8 +1,8 @@
 """Compiler processes, kept for the next compilation: importing the compiler costs more than compiling a kernel.
 
 One target a process, since the architecture is latched when the compiler is imported. A process that has read other
-sources than the present ones is of no use either, so processes are kept apart by the digest of the sources too, and idle
-ones of other sources end.
+sources than the present ones is of no use either, so processes are kept apart by the digest of the sources too, and
+idle ones of other sources end.
 """
 
 from __future__ import annotations
