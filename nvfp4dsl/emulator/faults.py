@@ -112,6 +112,10 @@ class DataRace(Fault):
     """Two accesses to one byte, at least one a write, that nothing orders."""
 
 
+class UnorderedLanes(Fault):
+    """One lane releases for its warp, but other lanes accessed shared memory with no ``bar.warp.sync`` since."""
+
+
 class MissingProxyFence(Fault):
     """Generic and asynchronous accesses are ordered, but no proxy fence lies between them."""
 

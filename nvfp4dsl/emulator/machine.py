@@ -156,11 +156,11 @@ class Machine:
     def cta_of(self, warp: int) -> int:
         return int(warp) // self.warps_per_cta
 
-    def tolerated(self, fault: Fault) -> None:
+    def tolerated(self, fault: Fault, pc: int) -> None:
         """Raise a fault, or record it if the caller tolerates its kind."""
+        self._locate(fault, self.kernel.instructions[pc])
         if not isinstance(fault, self.tolerate):
             raise fault
-        self._locate(fault, None)
         if str(fault) not in self.report.tolerated:
             self.report.tolerated.append(str(fault))
 
@@ -272,8 +272,8 @@ class Machine:
             self.copies.advance(self.rng)
         except Fault as fault:
             operation = self.copies.current
-            self._locate(fault, self.kernel.instructions[operation.pc], operation.warp)
-            self.tolerated(fault)
+            fault.warp = operation.warp if fault.warp is None else fault.warp
+            self.tolerated(fault, operation.pc)
 
     def _time_out(self, rounds: int) -> None:
         """Nothing can run: let timed waits fail, unless that has not helped before."""
@@ -319,8 +319,7 @@ class Machine:
             try:
                 self.copies.threads_exit(int(group.warps[row]), np.flatnonzero(group.mask[row]).tolist())
             except Fault as fault:
-                self._locate(fault, self.kernel.instructions[group.pc])
-                self.tolerated(fault)
+                self.tolerated(fault, group.pc)
         self.warps.set_state(group, group.mask, EXITED)
         self.note_change()
         for cta in {self.cta_of(w) for w in group.warps}:
@@ -364,7 +363,7 @@ class Machine:
             self._locate(fault, step.instruction if step else None)
             raise
 
-    def _locate(self, fault: Fault, instruction: Instruction | None, warp: int | None = None) -> None:
-        warp = fault.warp if fault.warp is not None else warp
+    def _locate(self, fault: Fault, instruction: Instruction | None) -> None:
+        warp = fault.warp
         cta = None if warp is None else self.ctas[self.cta_of(warp)]
         fault.locate(instruction, cta, None if warp is None else int(self.clocks.own[warp]))

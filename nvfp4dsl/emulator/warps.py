@@ -53,6 +53,7 @@ class WarpTable:
         if last_lanes < LANES:  # the block size is no multiple of 32
             self.state[warps_per_cta - 1 :: warps_per_cta, last_lanes:] = EXITED
         self.next = np.zeros(warps, np.int64)
+        self.loose = np.zeros((warps, LANES), bool)  # has accessed shared memory since its warp's last synchronisation
 
     def refresh(self, warps: np.ndarray) -> None:
         """Recompute the counter that each of ``warps`` runs next; parked lanes wake where the others have come."""
@@ -86,3 +87,11 @@ class WarpTable:
     def live(self, warps: np.ndarray) -> np.ndarray:
         """Lanes that have not exited."""
         return self.state[warps] != EXITED
+
+    def touch(self, group: Group) -> None:
+        """The active lanes access shared memory."""
+        self.loose[group.warps] |= group.mask
+
+    def meet(self, group: Group) -> None:
+        """The active lanes synchronise with each other, memory included."""
+        self.loose[group.warps] &= ~group.mask

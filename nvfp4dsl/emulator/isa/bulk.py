@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from nvfp4dsl.emulator import tma
-from nvfp4dsl.emulator.faults import Misaligned
+from nvfp4dsl.emulator.faults import Misaligned, UnknownInstruction
 from nvfp4dsl.emulator.isa.table import Blocking, Translator, instruction
-from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_WINDOW
+from nvfp4dsl.emulator.memory import SHARED_WINDOW
 from nvfp4dsl.emulator.ptx import Instruction
 from nvfp4dsl.emulator.warps import Group
 
@@ -138,9 +138,5 @@ def wait_group(t: Translator, i: Instruction):
 
 @instruction(r"tensormap\..+")
 def tensormap_change(t: Translator, i: Instruction):
-    from nvfp4dsl.emulator.faults import UnknownInstruction
-
     raise UnknownInstruction("tensor maps are read-only here")
 
-
-__all__ = ["PARAM_WINDOW"]

@@ -150,6 +150,8 @@ def load(t: Translator, i: Instruction):
 
     def run(g: Group) -> None:
         where = address(g)[g.mask]
+        if space == "shared":
+            machine.warps.touch(g)
         data = load_bytes(machine, space, where, size * len(writers), g.lane_warps, g.pc).view(dtype)
         for n, write in enumerate(writers):
             write(g, spread(g, data[:, n]))
@@ -179,6 +181,8 @@ def store(t: Translator, i: Instruction):
         data = np.empty((where.size, len(readers)), UNSIGNED[bits])
         for n, read in enumerate(readers):
             data[:, n] = np.broadcast_to(read(g), g.mask.shape)[g.mask]
+        if space == "shared":
+            machine.warps.touch(g)
         store_bytes(machine, space, where, data.view(np.uint8), g.lane_warps, g.pc)
 
     return run

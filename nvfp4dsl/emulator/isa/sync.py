@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvfp4dsl.emulator.faults import DivergentSync, Misaligned
+from nvfp4dsl.emulator.faults import DivergentSync, Misaligned, UnknownInstruction, UnorderedLanes
 from nvfp4dsl.emulator.isa.data import spread
 from nvfp4dsl.emulator.isa.table import Blocking, Translator, instruction
 from nvfp4dsl.emulator.memory import SHARED_WINDOW
@@ -38,6 +38,7 @@ def named_barrier(t: Translator, i: Instruction):
             name = int(numbers[row, lane])
             round_ = machine.bars.arrive(warp, 32, name, int(counts[row, lane]) if counts is not None else None, waits)
             machine.note_change()
+            machine.warps.meet(g)
             if waits and not round_.complete:
                 stay = np.zeros_like(g.mask) if stay is None else stay
                 stay[row] = g.mask[row]
@@ -51,8 +52,6 @@ def named_barrier(t: Translator, i: Instruction):
 @instruction(r"barrier\.cluster\.(arrive|wait)(\.(release|relaxed|acquire))?(\.aligned)?")
 def cluster_barrier(t: Translator, i: Instruction):
     """A cluster of one CTA: not modelled, as nothing but that CTA's own warps would meet there."""
-    from nvfp4dsl.emulator.faults import UnknownInstruction
-
     raise UnknownInstruction("cluster barriers are not emulated")
 
 
@@ -147,6 +146,8 @@ def arrive(t: Translator, i: Instruction):
     expects, drop, release = "expect_tx" in i.parts, i.parts[1] == "arrive_drop", "relaxed" not in i.parts
 
     def run(g: Group) -> None:
+        if release:
+            _require_ordered_lanes(machine, g)
         tokens = []
         for warp, address, value in _each_lane(g, where(g), amount(g)):
             if expects:
@@ -155,6 +156,20 @@ def arrive(t: Translator, i: Instruction):
         write(g, spread(g, np.array(tokens, np.uint64)))
 
     return run
+
+
+def _require_ordered_lanes(machine, g: Group) -> None:
+    """An arrival releases what its own lane did, and what ``bar.warp.sync`` ordered before it."""
+    rows = g.rows()
+    others = machine.warps.loose[g.warps[rows]] & ~g.mask[rows]
+    if others.any():
+        row, lane = np.argwhere(others)[0]
+        fault = UnorderedLanes(
+            f"lane {int(g.mask[rows[row]].argmax())} arrives for its warp, but lane {lane} has accessed shared memory since "
+            "the warp's last bar.warp.sync, and that access is not ordered before the arrival",
+            warp=int(g.warps[rows[row]]),
+        )
+        machine.tolerated(fault, g.pc)
 
 
 @instruction(rf"mbarrier\.expect_tx(\.relaxed)?(\.(cta|cluster))?{_SHARED}\.b64")
@@ -219,6 +234,4 @@ def _wait_for(machine, g: Group, row: int, requests: list[tuple[int, int]]) -> N
 
 @instruction(r"mbarrier\.pending_count\.b64")
 def pending_count(t: Translator, i: Instruction):
-    from nvfp4dsl.emulator.faults import UnknownInstruction
-
     raise UnknownInstruction("state tokens hold only the phase here")

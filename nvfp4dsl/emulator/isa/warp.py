@@ -124,8 +124,8 @@ def match_any(t: Translator, i: Instruction):
 
 @instruction(r"bar\.warp\.sync")
 def warp_sync(t: Translator, i: Instruction):
-    """The lanes have met: the machine saw to that before."""
-    return lambda g: None
+    """The machine has already made the lanes meet."""
+    return t.machine.warps.meet
 
 
 # --- 8x8 matrices of 16-bit elements; a row is 16 bytes, and lane 4r + c holds elements 2c, 2c+1 of row r
@@ -143,6 +143,7 @@ def load_matrices(t: Translator, i: Instruction):
     def run(g: Group) -> None:
         rows = np.ascontiguousarray(address(g)[:, : 8 * count])  # lane 8m + r holds the address of row r of matrix m
         warps = np.repeat(g.warps, 8 * count)
+        machine.warps.touch(g)
         data = machine.shared.load(rows.reshape(-1), 16, warps, g.pc).view(np.uint16)
         matrices = data.reshape(len(g.warps), count, 8, 8)
         if transposed:
@@ -168,6 +169,7 @@ def store_matrices(t: Translator, i: Instruction):
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
         rows = np.ascontiguousarray(address(g)[:, : 8 * count]).reshape(-1)
         warps = np.repeat(g.warps, 8 * count)
+        machine.warps.touch(g)
         machine.shared.store(rows, matrices.view(np.uint8).reshape(-1, 16), warps, g.pc)
 
     return run
