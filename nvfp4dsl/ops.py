@@ -63,10 +63,7 @@ def mm(
     if tile is not None:
         forced = TileConfig.parse(tile) if isinstance(tile, str) else tile
         return dispatch.gemm(a, b, bias, out_dtype=out_dtype, tile=forced)
-    return torch.ops.nvfp4dsl.mm(
-        a.qdata, a.scale, a.global_scale, a.layout, b.qdata, b.scale, b.global_scale, b.layout,
-        list(b.row_ends or ()), a.k, bias, out_dtype,
-    )  # fmt: skip
+    return torch.ops.nvfp4dsl.mm(*_parts(a), *_parts(b), list(b.row_ends or ()), a.k, bias, out_dtype)
 
 
 def linear(
@@ -95,10 +92,12 @@ def linear(
     """
     mode = activation or "bf16"
     reference.check_linear(x, weight, bias, mode)
-    return torch.ops.nvfp4dsl.linear(
-        x, weight.qdata, weight.scale, weight.global_scale, weight.layout, list(weight.row_ends or ()), weight.k,
-        bias, mode,
-    )  # fmt: skip
+    return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), weight.k, bias, mode)
+
+
+def _parts(t: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+    """A container as an operator takes it. Scales go as bytes: torch has too little arithmetic on float8 to check them."""
+    return t.qdata, t.scale.view(torch.uint8), t.global_scale, t.layout
 
 
 def _tensor(
@@ -107,7 +106,7 @@ def _tensor(
     """The container around an operator's tensors, which were validated when they were first put into one."""
     return NVFP4Tensor.unchecked(
         qdata=qdata,
-        scale=scale,
+        scale=scale.view(torch.float8_e4m3fn),
         global_scale=global_scale,
         layout=layout,
         row_ends=tuple(row_ends) or None,

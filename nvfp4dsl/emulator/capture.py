@@ -32,7 +32,8 @@ from nvfp4dsl.emulator.launch import Buffer, Launch
 from nvfp4dsl.errors import LaunchError
 from nvfp4dsl.targets import target_of_capability
 
-FIRST_ADDRESS = 0x7_0000_0000
+FIRST_ADDRESS = 0x5A_5A5A_0000_0000
+"""High enough that no pair of extents among a launch's parameters looks like a pointer into a buffer."""
 GUARD = 1 << 20
 """Bytes of unmapped addresses between two buffers, so that a stray access falls into nothing."""
 ALIGNMENT = 256

@@ -34,6 +34,7 @@ class Gemm:
     ====================  =====  =================================================================
     0 .. 7                8      multiply (:class:`Mainloop`), then store (:class:`Epilogue`)
     8                     1      producer: TMA loads of codes and scales
+    9 .. 11               3      none: they complete the producer's warpgroup, which hands over its registers
     ====================  =====  =================================================================
 
     ====================  ======  ================================================================
@@ -138,17 +139,18 @@ class Gemm:
         schedule = PersistentSchedule(plan, mC)
         first, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         k_tiles = cute.ceil_div(mA.shape[1], tile.k // 2)
-        if warp == MMA_WARPS:
+        if warp >= MMA_WARPS:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-            Producer(plan, schedule, ring).run(
-                first,
-                stride,
-                k_tiles,
-                Operand(tma_a, mA, sX["a"], (tile.m, tile.k // 2)),
-                Operand(tma_b, mB, sX["b"], (tile.n, tile.k // 2)),
-                Operand(tma_sfa, mSFA, sX["sfa"], self._scale_box(tile.m)),
-                Operand(tma_sfb, mSFB, sX["sfb"], self._scale_box(tile.n)),
-            )
+            if warp == MMA_WARPS:
+                Producer(plan, schedule, ring).run(
+                    first,
+                    stride,
+                    k_tiles,
+                    Operand(tma_a, mA, sX["a"], (tile.m, tile.k // 2)),
+                    Operand(tma_b, mB, sX["b"], (tile.n, tile.k // 2)),
+                    Operand(tma_sfa, mSFA, sX["sfa"], self._scale_box(tile.m)),
+                    Operand(tma_sfb, mSFB, sX["sfb"], self._scale_box(tile.n)),
+                )
         else:
             cute.arch.setmaxregister_increase(MMA_REGISTERS)
             mainloop = self.mainloop(plan)

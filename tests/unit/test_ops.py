@@ -129,7 +129,7 @@ def test_gradient_goes_through_the_dequantized_weight():
 
 def test_operators_pass_opcheck():
     x, w, bias = _random(3, 32), nv.quantize(_random(5, 32, seed=1)), _random(5)
-    parts = (w.qdata, w.scale, w.global_scale, w.layout)
+    parts = (w.qdata, w.scale.view(torch.uint8), w.global_scale, w.layout)
     torch.library.opcheck(torch.ops.nvfp4dsl.mm.default, (*parts, *parts, [], 32, bias, torch.bfloat16))
     for activation in ("bf16", "nvfp4"):
         args = (x.float().requires_grad_(), *parts, [], 32, bias, activation)
