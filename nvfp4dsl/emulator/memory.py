@@ -44,6 +44,10 @@ def require_aligned(addresses: np.ndarray, size: int, warps: np.ndarray, space: 
         )
 
 
+def _lanes_clash(space: str, address: int, warp: int | None) -> DataRace:
+    return DataRace(f"two lanes store different values to {space} byte {address:#x} in one instruction", warp=warp)
+
+
 class SharedMemory:
     """The shared memory of all resident CTAs in one array, ``cta * span + address``."""
 
@@ -80,6 +84,9 @@ class SharedMemory:
         self.refuse_barriers(flat)
         self.shadow.warp_write(flat, warps, pc)
         self.data[flat] = values
+        clash = self.data[flat] != values
+        if clash.any():
+            raise _lanes_clash("shared", int(flat[clash][0]) % self.span, int(warps[np.argmax(clash.any(axis=1))]))
 
     def refuse_barriers(self, flat: np.ndarray) -> None:
         """A store must not hit an mbarrier."""
@@ -149,7 +156,13 @@ class GlobalMemory:
             at = offsets[rows].astype(np.int64)[:, None] + np.arange(values.shape[1])
             self._order(buffer, at, author.rows(rows), "overwrites")
             self._record(buffer, at, author.rows(rows))
+            self._order(buffer, at, author.rows(rows), "overwrites")  # authors of one instruction
             target.data[at] = values[rows]
+            clash = target.data[at] != values[rows]
+            if clash.any():
+                raise _lanes_clash(
+                    f"buffer {target.name}", int(at[clash][0]), None if warps is None else int(warps[rows][0])
+                )
             if self.init[buffer] is not None:
                 self.init[buffer][at] = True
 
@@ -178,7 +191,8 @@ class GlobalMemory:
             return
         known = author.known(np.maximum(agents, 1) - 1)
         same_cta = (stamps & ((1 << PC_BITS) - 1)) == author.cta[:, None]
-        unordered = (agents != 0) & ~(same_cta & (stamps >> PC_BITS <= known))
+        own = (agents - 1 == author.agent[:, None]) & (stamps == author.stamp[:, None])
+        unordered = (agents != 0) & ~own & ~(same_cta & (stamps >> PC_BITS <= known))
         if unordered.any():
             first = np.unravel_index(np.argmax(unordered), unordered.shape)
             raise DataRace(
@@ -192,7 +206,7 @@ class GlobalMemory:
             self.history[buffer] = np.zeros(size, np.int32), np.zeros(size, np.int64)
         agents, stamps = self.history[buffer]
         agents[at] = (author.agent + 1)[:, None]
-        stamps[at] = (author.event << PC_BITS | author.cta)[:, None]
+        stamps[at] = author.stamp[:, None]
 
 
 class Author:
@@ -200,6 +214,7 @@ class Author:
 
     def __init__(self, name: str, agent: np.ndarray, event: np.ndarray, cta: np.ndarray, known) -> None:
         self.name, self.agent, self.event, self.cta, self._known = name, agent, event, cta, known
+        self.stamp = event << PC_BITS | cta
         self._rows = np.arange(agent.size)
 
     def rows(self, rows: np.ndarray) -> Author:

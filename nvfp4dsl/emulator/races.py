@@ -49,8 +49,10 @@ class Shadow:
             late = history[flat] >> PC_BITS > self.clocks.happened[warps, agent][:, None]
             if late.any():
                 self._raise_after_read(flat, late, agent, history, warps)
-        self.writer[flat] = self.clocks.own[warps][:, None] + 1
+        agents = self.clocks.own[warps][:, None] + 1
+        self.writer[flat] = agents
         self.written[flat] = (self.clocks.event(warps) << PC_BITS | pc)[:, None]
+        self._require_after_write(flat, self.writer[flat] == agents, warps, "overwrites")  # warps of one instruction
 
     # --- accesses by asynchronous operations: flat is 1-D
 

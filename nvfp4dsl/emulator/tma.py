@@ -199,8 +199,7 @@ def _author(machine, operation: Operation, count: int) -> Author:
     def known(rows: np.ndarray, agents: np.ndarray) -> np.ndarray:
         size = max(int(agents.max(initial=0)) + 1, happened.size)
         padded = np.pad(happened, (0, size - happened.size))
-        own = agents == operation.write_agent  # a thread's bulk stores may be in flight together
-        return np.where(own, padded[agents], padded[agents])
+        return padded[agents]
 
     fill = lambda value: np.full(count, value, np.int64)  # noqa: E731
     name = "an asynchronous copy"
