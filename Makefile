@@ -28,7 +28,7 @@ lint: .venv/.stamp ## ruff (lint and format), import layers, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf .venv/lint && mkdir -p .venv/lint/nvfp4dsl && ln -s $(CURDIR)/nvfp4dsl/* $(CURDIR)/patches $(CURDIR)/autotune .venv/lint/nvfp4dsl/
-	PYTHONPATH=.venv/lint $(BIN)/lint-imports --no-cache
+	cd .venv/lint && ../bin/lint-imports --no-cache --config ../../pyproject.toml
 	$(BIN)/mypy
 
 # .venv/lint is the source tree as it looks once installed, for tools that read files rather than import them.

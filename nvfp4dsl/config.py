@@ -18,9 +18,9 @@ FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 WARP = 32
 MMA_WARPS = 8
 PRODUCER_WARPS = 4
-#: registers a thread after the roles split. The launch gives 12 warps 168 each; setmaxnreg moves whole warpgroups, so the
-#: producer's group (one warp works, three sleep) frees what the MMA warps take: 4 x 40 + 8 x 232 = 12 x 168. With a sum
-#: above the launch's the taking warps wait forever.
+#: registers a thread after the roles split. The launch gives 12 warps 168 each; setmaxnreg moves whole warpgroups, so
+#: the producer's group (one warp works, three sleep) frees what the MMA warps take: 4 x 40 + 8 x 232 = 12 x 168. With a
+#: sum above the launch's, the taking warps wait forever.
 LAUNCH_REGISTERS, MMA_REGISTERS, PRODUCER_REGISTERS = 168, 232, 40
 #: fp32 accumulators a thread may hold: the rest of its 255 registers carry fragments, addresses and the epilogue.
 MAX_ACCUMULATORS = 128

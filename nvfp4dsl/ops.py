@@ -11,7 +11,7 @@ import torch
 
 from nvfp4dsl import dispatch, reference
 from nvfp4dsl.config import TileConfig
-from nvfp4dsl.errors import TargetError
+from nvfp4dsl.errors import ModeError, TargetError
 from nvfp4dsl.formats import NVFP4Tensor
 from nvfp4dsl.packing import prepare
 
@@ -73,7 +73,7 @@ def linear(
     *,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``, differentiable with respect to ``x`` (through the dequantized weight, which is frozen).
+    """``x @ weight.T + bias``, differentiable in ``x`` (through the dequantized weight, which is frozen) and ``bias``.
 
     Args:
         x: bf16, fp16 or fp32 [..., K], any strides.
@@ -87,16 +87,20 @@ def linear(
 
     Raises:
         OperandError: shapes, dtypes or devices do not match.
-        ModeError: unknown activation mode.
+        ModeError: unknown activation mode, or the weight asks for a gradient.
         TargetError: the device has no kernel for the mode.
     """
     mode = activation or "bf16"
     reference.check_linear(x, weight, bias, mode)
+    if weight.global_scale.requires_grad:
+        raise ModeError(
+            "the weight asks for a gradient, but an NVFP4 weight is frozen; train x, the bias or an adapter"
+        )
     return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), weight.k, bias, mode)
 
 
 def _parts(t: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
-    """A container as an operator takes it. Scales go as bytes: torch has too little arithmetic on float8 to check them."""
+    """A container as an operator takes it; scales go as bytes, since opcheck needs arithmetic float8 does not have."""
     return t.qdata, t.scale.view(torch.uint8), t.global_scale, t.layout
 
 
@@ -170,14 +174,19 @@ def _(x, qdata, scale, global_scale, layout, row_ends, k, bias, activation):
     return x.new_empty((*x.shape[:-1], qdata.shape[-2]))
 
 
+_BIAS = 7  # its place among the operator's inputs
+
+
 def _save_for_backward(ctx, inputs, output):
-    _, qdata, scale, global_scale, ctx.layout, ctx.row_ends, ctx.k, _, _ = inputs
+    _, qdata, scale, global_scale, *ctx.static, _, _ = inputs
     ctx.save_for_backward(qdata, scale, global_scale)
 
 
 def _linear_backward(ctx, grad):
-    weight = _tensor(*ctx.saved_tensors, ctx.layout, ctx.row_ends, ctx.k)
-    return grad @ reference.dequantize(weight, grad.dtype), *[None] * 8
+    weight = _tensor(*ctx.saved_tensors, *ctx.static)
+    grad_x = grad @ reference.dequantize(weight, grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[_BIAS] else None
+    return grad_x, *[None] * (_BIAS - 1), grad_bias, None
 
 
 _linear.register_autograd(_linear_backward, setup_context=_save_for_backward)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from typing import Any
 
 import click
 
 from nvfp4dsl import jit
 from nvfp4dsl.cli.output import json_option, show, show_rows
+from nvfp4dsl.jit.store import Listing
 
 
 @click.group()
@@ -19,13 +22,27 @@ def cache() -> None:
 @json_option
 def ls(as_json: bool) -> None:
     """List the entries, most recently used first."""
-    rows = [vars(entry) for entry in jit.store().ls()]
+    rows = [_row(entry) for entry in jit.store().ls()]
     if as_json:
         click.echo(json.dumps({"entries": rows}, default=str))
     elif rows:
         show_rows(rows, title="kernel cache")
     else:
         click.echo("the cache is empty")
+
+
+def _row(entry: Listing) -> dict[str, Any]:
+    """What a person wants to know of an entry; its whole ``meta.json`` is in its folder."""
+    inputs = entry.meta.get("inputs", {})
+    spec, tile = inputs.get("spec", {}), inputs.get("tile", {})
+    return {
+        "key": entry.key[:12],
+        "target": entry.meta.get("target"),
+        "tile": "x".join(str(v) for v in tile.values() if v is not None),
+        "spec": " ".join(f"{name}={value}" for name, value in spec.items() if value is not None),
+        "bytes": entry.bytes,
+        "used": datetime.datetime.fromtimestamp(entry.used).isoformat(sep=" ", timespec="seconds"),
+    }
 
 
 @cache.command("info")

@@ -96,7 +96,7 @@ def demo(
     }
     if dump is not None:
         _dump(dump, run, x, weight, a, b, y)
-    show(result, as_json, title="NVFP4 GEMM, compiled here, executed with no GPU")
+    show(result, as_json, title=f"NVFP4 GEMM for {target}: compiled here, executed with no GPU")
 
 
 def _operands(

@@ -26,7 +26,7 @@ PACKAGES = ("nvfp4dsl", "nvidia-cutlass-dsl", "apache-tvm-ffi", "torch", "numpy"
 @json_option
 def doctor(as_json: bool) -> None:
     """Versions, driver, devices and settings; and for each target whether it compiles, emulates and executes here."""
-    report = {
+    report: dict[str, Any] = {
         "versions": _versions(),
         "driver": _driver(),
         "devices": _devices(),

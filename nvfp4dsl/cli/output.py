@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,17 @@ from nvfp4dsl.config import FLOAT_BYTES, TILES
 from nvfp4dsl.errors import NVFP4Error
 from nvfp4dsl.targets import TARGETS
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+_JSON = "nvfp4dsl.json"
+
+
+def _remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    ctx.meta[_JSON] = value  # meta is shared with the group, which prints errors
+    return value
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_remember_json, help="Print one JSON object instead of a table."
+)
 target_option = click.option(
     "--target", default="sm_121a", show_default=True, metavar="|".join(TARGETS), help="Instruction set."
 )
@@ -34,9 +44,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except NVFP4Error as error:
-            import sys
-
-            if "--json" in sys.argv:
+            if ctx.meta.get(_JSON):
                 click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
             else:
                 click.echo(f"{type(error).__name__}: {error}", err=True)
@@ -48,22 +56,27 @@ def show(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     if as_json:
         click.echo(json.dumps(result, default=str))
         return
-    table = Table(title=title or None, show_header=False, title_justify="left")
+    table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in result.items():
         table.add_row(name.replace("_", " "), plain(value))
-    Console().print(table)
+    console = Console()
+    if title:
+        console.print(title, style="bold")
+    console.print(table)
 
 
-def show_rows(rows: list[Mapping[str, Any]], title: str, console: Console | None = None) -> None:
+def show_rows(rows: Sequence[Mapping[str, Any]], title: str, console: Console | None = None) -> None:
     """Print mappings with equal keys as a table, a row each."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for name in rows[0] if rows else ():
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(plain(value) for value in row.values()))
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(title, style="bold")
+    console.print(table)
 
 
 def plain(value: Any) -> str:

@@ -118,13 +118,21 @@ def test_emulate_ends_with_its_block_and_nests():
     assert nv.mm(w, w).shape == (8, 8)
 
 
-def test_gradient_goes_through_the_dequantized_weight():
-    x, weight = _random(3, 32, dtype=torch.float32).requires_grad_(), nv.quantize(_random(5, 32, seed=1))
-    grad = _random(3, 5, seed=2, dtype=torch.float32)
-    for activation in ("bf16", "nvfp4"):
-        x.grad = None
-        nv.linear(x, weight, activation=activation).backward(grad)
-        assert relative_error(x.grad, grad @ nv.dequantize(weight)) < 1e-6
+@pytest.mark.parametrize("activation", ["bf16", "nvfp4"])
+def test_gradients_of_x_and_bias(activation):
+    x, weight = _random(2, 3, 32, dtype=torch.float32).requires_grad_(), nv.quantize(_random(5, 32, seed=1))
+    bias = _random(5, seed=3, dtype=torch.float32).requires_grad_()
+    grad = _random(2, 3, 5, seed=2, dtype=torch.float32)
+    nv.linear(x, weight, bias, activation=activation).backward(grad)
+    assert relative_error(x.grad, grad @ nv.dequantize(weight)) < 1e-6
+    assert relative_error(bias.grad, grad.sum((0, 1))) < 1e-6
+
+
+def test_a_gradient_of_the_weight_is_refused():
+    weight = nv.quantize(_random(5, 32))
+    weight.global_scale.requires_grad_()
+    with pytest.raises(nv.ModeError, match="frozen"):
+        nv.linear(_random(3, 32), weight)
 
 
 def test_operators_pass_opcheck():

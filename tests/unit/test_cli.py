@@ -1,0 +1,127 @@
+"""The command line: one JSON object a command, typed errors as one message, and numbers that can be recomputed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import nvfp4dsl as nv
+from nvfp4dsl import reference
+from nvfp4dsl.cli import main
+from nvfp4dsl.testing import bits_differing, relative_error
+
+
+def invoke(*args, status=0):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result.output
+
+
+def as_json(*args, status=0):
+    return json.loads(invoke(*args, "--json", status=status))
+
+
+@pytest.mark.parametrize("target", ["sm_120a", "sm_121a"])
+@pytest.mark.parametrize(("out_dtype", "bar"), [("bf16", 2e-3), ("fp32", 1e-5)])
+def test_demo_meets_its_bars(target, out_dtype, bar):
+    result = as_json("demo", "--target", target, "--mnk", "70,136,208", "--out-dtype", out_dtype, "--seed", 3)
+    assert result["target"] == target
+    assert result["shape"] == [70, 136, 208]
+    assert result["executed_by"] == "emulator"
+    assert 0 < result["rel_err"] <= bar
+    assert result["bits_differing"] == 0
+    assert result["spills"] == 0
+    assert 0 < result["smem_bytes"] <= result["smem_capacity"] == 101_376
+    assert result["registers"] > 0
+    assert result["seconds"] > 0
+
+
+def test_demo_dump_lets_anyone_recompute(tmp_path):
+    as_json("demo", "--mnk", "33,40,48", "--dump", tmp_path)
+    operands = load_file(tmp_path / "operands.safetensors")
+    a, b = (nv.NVFP4Tensor(*(operands[f"{x}.{part}"] for part in ("qdata", "scale", "global_scale"))) for x in "ab")
+    y = load_file(tmp_path / "output.safetensors")["y"]
+    assert relative_error(y, reference.gemm(a, b)) < 2e-3
+    assert relative_error(nv.dequantize(b), operands["weight"]) < 0.15
+    # the dumped pair runs again, to the same bits, in another order
+    result = as_json(
+        "emulate", tmp_path / "kernel.ptx", tmp_path / "launch.npz", "--seed", 9, "--out", tmp_path / "out.npz"
+    )
+    assert result["fault"] is None
+    again = torch.from_numpy(np.load(tmp_path / "out.npz")["c"]).view(torch.bfloat16).view(33, 40)
+    assert bits_differing(again, y) == 0
+
+
+def test_demo_takes_a_weight_of_ones_own(tmp_path):
+    save_file({"w": torch.randn(48, 64), "v": torch.randn(16, 32)}, tmp_path / "own.safetensors")
+    result = as_json("demo", "--weights", tmp_path / "own.safetensors", "--tensor", "v")
+    assert result["shape"][1:] == [16, 32]
+    error = as_json("demo", "--weights", tmp_path / "own.safetensors", status=1)
+    assert error["error"] == "OperandError"
+    assert "w [48, 64]" in error["message"]
+
+
+def test_emulate_reports_a_fault_by_name(tmp_path):
+    as_json("demo", "--mnk", "16,16,64", "--dump", tmp_path)
+    ptx = (tmp_path / "kernel.ptx").read_text()
+    broken = "\n".join(line for line in ptx.splitlines() if "fence.proxy.async" not in line)
+    assert broken != ptx
+    (tmp_path / "broken.ptx").write_text(broken)
+    error = as_json("emulate", tmp_path / "broken.ptx", tmp_path / "launch.npz", status=1)
+    assert "roxy" in error["error"]
+    assert "fence" in error["message"]
+
+
+def test_compile_and_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVFP4DSL_CACHE_DIR", str(tmp_path / "cache"))
+    first = as_json("compile", "--target", "sm_121a", "--tile", "64x128x128", "--ptx", tmp_path / "k.ptx")
+    assert not first["cached"]
+    assert ".target sm_121a" in (tmp_path / "k.ptx").read_text()
+    assert as_json("compile", "--target", "sm_121a", "--tile", "64x128x128")["cached"]
+    (entry,) = as_json("cache", "ls")["entries"]
+    assert (entry["target"], entry["tile"]) == ("sm_121a", "64x128x128")
+    assert entry["key"] in first["symbol"]
+    assert as_json("cache", "info")["entries"] == 1
+    assert as_json("cache", "prune", "--bytes", 0)["removed"]
+    assert as_json("cache", "clear")["removed"] == 0
+    assert "empty" in invoke("cache", "ls")
+
+
+def test_doctor_tells_the_truth():
+    report = as_json("doctor")
+    rows = {row["target"]: row for row in report["targets"]}
+    assert set(rows) == set(nv.TARGETS)
+    for target in ("sm_120a", "sm_121a"):
+        assert rows[target]["compiles"] == rows[target]["emulates"] == "yes"
+    for target in ("sm_90a", "sm_100a"):
+        assert rows[target]["compiles"].startswith("no: ")
+    if not torch.cuda.is_available():
+        assert all(row["executes_here"].startswith("no: ") for row in rows.values())
+        assert report["devices"] == []
+    assert report["versions"]["nvidia-cutlass-dsl"]
+    assert any(row["name"] == "NVFP4DSL_CACHE_DIR" for row in report["settings"])
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "word"),
+    [
+        (("compile", "--target", "sm_75"), "TargetError", "sm_121a"),
+        (("compile", "--tile", "128x128"), "TileError", "MxNxK"),
+        (("compile", "--tile", "256x256x128"), "TileError", "128"),
+        (("demo", "--mnk", "4,4,7"), "OperandError", "16"),
+        (("compile", "--target", "sm_100a"), "TileError", "sm_100a"),
+    ],
+)
+def test_errors_are_one_object_or_one_line(args, kind, word):
+    error = as_json(*args, status=1)
+    assert error["error"] == kind
+    assert word in error["message"]
+    assert kind in invoke(*args, status=1)
+
+
+def test_tables_are_readable():
+    assert "bits differing" in invoke("demo", "--mnk", "16,16,32")
+    assert "sm_121a" in invoke("doctor")
