@@ -87,7 +87,9 @@ class AsyncCopies:
             self._store_agents[thread] = [self.clocks.new_agent(cta, who), self.clocks.new_agent(cta, who), 0]
         agents = self._store_agents[thread]
         agents[2] += 1
-        operation = Operation(cta, warp, pc, self.clocks.release(warp), *agents, steps, is_load=False)
+        operation = Operation(
+            cta, warp, pc, self.clocks.release(warp), agents[0], agents[1], agents[2], steps, is_load=False
+        )
         for lane in lanes:
             self.threads[warp, lane].open.append(operation)
         return self._issue(operation)

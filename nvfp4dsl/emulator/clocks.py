@@ -81,7 +81,7 @@ class Clocks:
         return agent
 
     def load_agent(self, cta: int, knowledge: Knowledge) -> tuple[int, int]:
-        """(agent, event) for an asynchronous load: an earlier load's agent if that one happened before, else a new one."""
+        """(agent, event) for a load: the agent of an earlier load that happened before, or else a new one."""
         for agent, event in self._idle[cta].items():
             if knowledge.knows(agent, event):
                 break

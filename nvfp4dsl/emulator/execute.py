@@ -13,9 +13,10 @@ from nvfp4dsl.emulator.faults import Fault, LaunchMismatch, UnwrittenRegister
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.emulator.machine import Machine
 from nvfp4dsl.emulator.memory import GlobalMemory
-from nvfp4dsl.emulator.ptx import Kernel, parse
+from nvfp4dsl.emulator.ptx import parse
 from nvfp4dsl.emulator.registers import registers_of
 from nvfp4dsl.emulator.report import Report
+from nvfp4dsl.emulator.syntax import Instruction, Kernel, Register
 
 RESIDENT_CTAS = 16
 """CTAs emulated at a time; more would only cost memory, as CTAs do not order each other."""
@@ -62,7 +63,7 @@ def run(
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """The tensor core's batches are too small to share: on two busy cores a second thread made them ten times slower."""
+    """The tensor core's batches are small: on two busy cores a second thread made them ten times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -85,7 +86,8 @@ def _find_kernel(kernels: dict[str, Kernel], launch: Launch) -> Kernel:
 
 def _check_registers(kernel: Kernel, report: Report, tolerate: tuple[type[Fault], ...]) -> None:
     """Every register that is read must be written somewhere."""
-    written, readers = set(), {}
+    written: set[Register] = set()
+    readers: dict[Register, Instruction] = {}
     for instruction in kernel.instructions:
         reads, writes = registers_of(instruction)
         written |= writes

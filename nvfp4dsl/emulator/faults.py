@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nvfp4dsl.errors import EmulationError
 
 if TYPE_CHECKING:
-    from nvfp4dsl.emulator.ptx import Instruction
+    from nvfp4dsl.emulator.syntax import Instruction
 
 
 class Fault(EmulationError):

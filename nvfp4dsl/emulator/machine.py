@@ -26,16 +26,23 @@ from nvfp4dsl.emulator.faults import (
 )
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.emulator.mbarrier import Mbarriers
-from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_BASE, GlobalMemory, ParamMemory, SharedMemory
+from nvfp4dsl.emulator.memory import GlobalMemory, ParamMemory, SharedMemory
 from nvfp4dsl.emulator.named_barriers import NamedBarriers
-from nvfp4dsl.emulator.ptx import Instruction, Kernel
 from nvfp4dsl.emulator.registers import RegisterFile
 from nvfp4dsl.emulator.report import Report
+from nvfp4dsl.emulator.specials import special_registers, symbols_of
+from nvfp4dsl.emulator.syntax import Instruction, Kernel
 from nvfp4dsl.emulator.tensorcore import TensorCore
 from nvfp4dsl.emulator.warps import BLOCKED, EXITED, LANES, NOWHERE, PARKED, Group, WarpTable
 
 REGISTER_FILE = 65536
 """32-bit registers of one SM, which one CTA's warps share."""
+MEAN_BURST = 150
+"""Instructions that a group of warps runs, on average, before others are drawn."""
+SPLIT = 0.25
+"""How often only some of the warps that stand together run."""
+IDLE_ROUNDS = 3
+"""Rounds in which every timed wait failed and nothing changed, before that is a deadlock."""
 
 
 @dataclass(eq=False)
@@ -79,70 +86,16 @@ class Machine:
 
         self.clocks = Clocks(len(ctas), self.warps_per_cta)
         self.params = ParamMemory(kernel, launch)
-        symbols, shared_size = self._place_symbols()
-        self.shared = SharedMemory(self.clocks, len(ctas), shared_size, self._line)
+        symbols, static_bytes = symbols_of(kernel, self.params)
+        self.shared = SharedMemory(self.clocks, len(ctas), static_bytes + launch.smem_bytes, self._line)
         self.mbarriers = Mbarriers(self.clocks, self.shared, self.note_change)
         self.copies = AsyncCopies(self.clocks, self.note_change)
         self.bars = NamedBarriers(self.clocks, threads)
-        self.registers = RegisterFile(kernel, self.warp_count, symbols, self._specials())
+        self.registers = RegisterFile(kernel, self.warp_count, symbols, special_registers(launch, ctas, first_cta))
         self.tensor = TensorCore(self.registers)
         self.warps = WarpTable(self.warp_count, threads - (self.warps_per_cta - 1) * LANES, self.warps_per_cta)
         self.program = isa.compile_program(self, kernel.instructions)
         self.executed = np.zeros(len(self.program), np.int64)
-
-    # --- set-up
-
-    def _place_symbols(self) -> tuple[dict[str, int], int]:
-        """Addresses of variables and parameters, and the bytes of shared memory."""
-        symbols = {name: PARAM_WINDOW + offset for name, offset in self.params.offsets.items()}
-        at = SHARED_BASE
-        for variable in sorted(self.kernel.shared, key=lambda v: v.bytes is None):
-            at = -(-at // variable.align) * variable.align
-            symbols[variable.name] = at
-            at += variable.bytes or 0
-        return symbols, at - SHARED_BASE + self.launch.smem_bytes
-
-    def _specials(self) -> dict[str, np.ndarray]:
-        """Special registers, [warps, 32] each."""
-        lane = np.broadcast_to(np.arange(LANES), (self.warp_count, LANES))
-        warp = np.broadcast_to((np.arange(self.warp_count) % self.warps_per_cta)[:, None], lane.shape)
-        thread = warp * LANES + lane
-        cta = np.repeat(np.array(self.ctas), self.warps_per_cta, axis=0)
-        constant = lambda value: np.full(lane.shape, value)  # noqa: E731
-        per_warp = lambda values: np.broadcast_to(values[:, None], lane.shape)  # noqa: E731
-        block = self.launch.block
-        linear = np.repeat(np.arange(len(self.ctas)) + self.first_cta, self.warps_per_cta)
-        specials = {
-            "%laneid": lane,
-            "%warpid": warp,
-            "%nwarpid": constant(self.warps_per_cta),
-            "%smid": per_warp(linear),
-            "%nsmid": constant(int(np.prod(self.launch.grid))),
-            "%gridid": constant(1),
-            "%clusterid.x": per_warp(cta[:, 0]),
-            "%clusterid.y": per_warp(cta[:, 1]),
-            "%clusterid.z": per_warp(cta[:, 2]),
-            "%cluster_ctarank": constant(0),
-            "%cluster_nctarank": constant(1),
-            "%is_explicit_cluster": constant(0),
-            "%dynamic_smem_size": constant(self.launch.smem_bytes),
-            "%lanemask_eq": 1 << lane,
-            "%lanemask_lt": (1 << lane) - 1,
-            "%lanemask_le": (2 << lane) - 1,
-            "%clock": constant(0),
-            "%clock64": constant(0),
-            "%globaltimer": constant(0),
-        }
-        thread_xyz = (thread % block[0], thread // block[0] % block[1], thread // (block[0] * block[1]))
-        for axis, letter in enumerate("xyz"):
-            specials[f"%tid.{letter}"] = thread_xyz[axis]
-            specials[f"%ctaid.{letter}"] = per_warp(cta[:, axis])
-            specials[f"%ntid.{letter}"] = constant(block[axis])
-            specials[f"%nctaid.{letter}"] = constant(self.launch.grid[axis])
-            specials[f"%nclusterid.{letter}"] = constant(self.launch.grid[axis])
-            specials[f"%cluster_ctaid.{letter}"] = constant(0)
-            specials[f"%cluster_nctaid.{letter}"] = constant(1)
-        return specials
 
     def _line(self, pc: int) -> int:
         return self.kernel.instructions[pc].line
@@ -184,10 +137,10 @@ class Machine:
         """Run until every lane has exited."""
         seen = -1
         idle_rounds = 0
-        self._guard(lambda: self.warps.refresh(np.arange(self.warp_count)), None)
+        self.warps.refresh(np.arange(self.warp_count))
         for burst in itertools.count():
             if self.changes != seen:
-                idle_rounds = 0 if seen >= 0 else idle_rounds
+                idle_rounds = 0
                 seen = self.changes
                 self._wake()
             ready = np.flatnonzero(self.warps.next != NOWHERE)
@@ -217,42 +170,49 @@ class Machine:
         first = int(self.rng.choice(ready))
         pc = int(self.warps.next[first])
         together = ready[self.warps.next[ready] == pc]
-        if together.size > 1 and self.rng.random() < 0.25:
+        if together.size > 1 and self.rng.random() < SPLIT:
             together = together[(self.rng.random(together.size) < 0.5) | (together == first)]
         return self.warps.group(together, pc)
 
     def _burst(self, group: Group) -> None:
         """Run a group until it blocks, splits, meets other lanes, or its random budget is spent."""
-        budget = int(self.rng.geometric(1 / 150))
         horizon = self.warps.horizon(group)
-        while budget > 0:
-            budget -= 1
+        for _ in range(int(self.rng.geometric(1 / MEAN_BURST))):
             step = self.program[group.pc]
-            if step.convergent and not group.full:
-                group = self._gather(step, group)
-                if group is None:
-                    return
-            self.executed[group.pc] += len(group.warps)
-            self.report.steps += 1
-            if self.tensor.pending and not step.touched.isdisjoint(self.tensor.pending):
-                self.tensor.flush()
-            if not self._guard(lambda: step.execute(self, group), step, group):  # noqa: B023
+            try:
+                together = self._execute(step, group)
+            except Fault as fault:
+                if fault.warp is None and len(group.warps) == 1:
+                    fault.warp = int(group.warps[0])
+                self._locate(fault, step.instruction)
+                raise
+            if not together:
                 return
             if group.pc >= horizon:
                 break
         self.warps.move(group, group.mask, group.pc)
         self.warps.refresh(group.warps)
 
-    def _gather(self, step: isa.Step, group: Group) -> Group | None:
-        """The group with all lanes that a warp-synchronous instruction needs; those that must wait are parked."""
+    def _execute(self, step: isa.Step, group: Group) -> bool:
+        """Execute one instruction; whether the group is still together."""
+        if step.convergent and not group.full and not self._gather(step, group):
+            return False
+        self.executed[group.pc] += len(group.warps)
+        self.report.steps += 1
+        if self.tensor.pending and not step.touched.isdisjoint(self.tensor.pending):
+            self.tensor.flush()
+        return step.execute(self, group)
+
+    def _gather(self, step: isa.Step, group: Group) -> bool:
+        """Whether all lanes are here that a warp-synchronous instruction needs; if not, these are parked."""
         needed = step.members(group) & self.warps.live(group.warps)
         missing = (needed & ~group.mask).any(axis=1)
         if not missing.any():
-            return group
+            return True
         self.warps.move(group, group.mask, group.pc)
         self.warps.set_state(group, group.mask & missing[:, None], PARKED)
         self.warps.refresh(group.warps)
-        return None
+        return False
 
     def _wake(self) -> None:
         still = []
@@ -272,13 +232,14 @@ class Machine:
             self.copies.advance(self.rng)
         except Fault as fault:
             operation = self.copies.current
+            assert operation is not None
             fault.warp = operation.warp if fault.warp is None else fault.warp
             self.tolerated(fault, operation.pc)
 
     def _time_out(self, rounds: int) -> None:
         """Nothing can run: let timed waits fail, unless that has not helped before."""
         waits = [w for w in self.waits if w.may_time_out]
-        if not waits or rounds > 3:
+        if not waits or rounds > IDLE_ROUNDS:
             self._deadlock()
         for wait in waits:
             self.timed_out.add((wait.warp, wait.pc))
@@ -293,7 +254,8 @@ class Machine:
             cta = self.ctas[self.cta_of(wait.warp)]
             instruction = self.kernel.instructions[min(wait.pc, len(self.kernel.instructions) - 1)]
             lines.append(
-                f"CTA {cta} warp {self.clocks.own[wait.warp]} waits for {wait.describe()} near PTX line {instruction.line}"
+                f"CTA {cta} warp {self.clocks.own[wait.warp]} waits for {wait.describe()} "
+                f"near PTX line {instruction.line}"
             )
         unbalanced = [b for w in self.waits for b in w.barriers if b.bytes and b.pending == 0]
         kind = TransactionMismatch if unbalanced else Deadlock
@@ -353,15 +315,6 @@ class Machine:
                 self.report.opcodes[step.instruction.opcode] += int(count)
         self.report.mmas += self.tensor.count
         self.report.copies += self.copies.count
-
-    def _guard(self, action: Callable[[], object], step: isa.Step | None, group: Group | None = None) -> object:
-        try:
-            return action()
-        except Fault as fault:
-            if fault.warp is None and group is not None and len(group.warps) == 1:
-                fault.warp = int(group.warps[0])
-            self._locate(fault, step.instruction if step else None)
-            raise
 
     def _locate(self, fault: Fault, instruction: Instruction | None) -> None:
         warp = fault.warp

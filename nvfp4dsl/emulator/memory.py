@@ -27,7 +27,7 @@ from nvfp4dsl.emulator.races import Shadow
 
 if TYPE_CHECKING:
     from nvfp4dsl.emulator.launch import Buffer, Launch
-    from nvfp4dsl.emulator.ptx import Kernel
+    from nvfp4dsl.emulator.syntax import Kernel
 
 SHARED_BASE = 1024
 SHARED_WINDOW = 1 << 56
@@ -105,15 +105,16 @@ class GlobalMemory:
         self.init = [None if b.init else np.zeros(b.data.size, bool) for b in self.buffers]
         self.history: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # buffer -> (agent + 1, event << 20 | cta)
 
-    def locate(self, addresses: np.ndarray, size: int, warps: np.ndarray | None) -> tuple[int, np.ndarray]:
-        """(buffer, offsets): all accesses of one instruction must lie in one buffer, each wholly inside."""
+    def locate(self, addresses: np.ndarray, size: int, warps: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """(buffer, offset) of each access, which must lie wholly inside one buffer."""
         index = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
         inside = index >= 0
         inside[inside] = addresses[inside] + np.uint64(size) <= self.ends[index[inside]]
         if not inside.all():
             first = int(np.argmin(inside))
             raise OutOfBounds(
-                f"global address {int(addresses[first]):#x}, {size} bytes, is in no buffer; {self._nearest(addresses[first])}",
+                f"global address {int(addresses[first]):#x}, {size} bytes, is in no buffer; "
+                f"{self._nearest(addresses[first])}",
                 warp=None if warps is None else int(warps[first]),
             )
         return index, addresses - self.starts[index]
@@ -168,10 +169,11 @@ class GlobalMemory:
 
     def write_atomic(self, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray) -> None:
         """A store that takes part in no race: atomics order themselves."""
-        (index,), offsets = self.locate(addresses, values.shape[1], warps)
-        if not self.buffers[index].writable:
-            raise ReadOnlyStore(f"an atomic on buffer {self.buffers[index].name}, which the launch calls read-only")
-        self.buffers[index].data[int(offsets[0]) : int(offsets[0]) + values.shape[1]] = values[0]
+        index, offsets = self.locate(addresses, values.shape[1], warps)
+        target, at = self.buffers[int(index[0])], int(offsets[0])
+        if not target.writable:
+            raise ReadOnlyStore(f"an atomic on buffer {target.name}, which the launch calls read-only")
+        target.data[at : at + values.shape[1]] = values[0]
 
     def check_read_order(self, addresses: np.ndarray, size: int, author: Author) -> None:
         """Reads of bytes that this kernel wrote must be ordered after the writes."""
@@ -196,8 +198,8 @@ class GlobalMemory:
         if unordered.any():
             first = np.unravel_index(np.argmax(unordered), unordered.shape)
             raise DataRace(
-                f"{author.name} {verb} byte {int(at[first])} of buffer {self.buffers[buffer].name}, which another agent "
-                f"of {'the same' if same_cta[first] else 'another'} CTA wrote; nothing orders the two"
+                f"{author.name} {verb} byte {int(at[first])} of buffer {self.buffers[buffer].name}, which another "
+                f"agent of {'the same' if same_cta[first] else 'another'} CTA wrote; nothing orders the two"
             )
 
     def _record(self, buffer: int, at: np.ndarray, author: Author) -> None:

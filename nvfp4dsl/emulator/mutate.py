@@ -16,7 +16,8 @@ import numpy as np
 from nvfp4dsl.emulator.execute import run
 from nvfp4dsl.emulator.faults import Fault
 from nvfp4dsl.emulator.launch import Launch
-from nvfp4dsl.emulator.ptx import Instruction, Pair, Register, parse
+from nvfp4dsl.emulator.ptx import parse
+from nvfp4dsl.emulator.syntax import Instruction, Pair, Register
 
 SYNCHRONISATION = frozenset({"bar", "barrier", "fence", "membar", "mbarrier"})
 """First parts of the opcodes that are deleted."""

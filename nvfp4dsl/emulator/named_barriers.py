@@ -39,7 +39,8 @@ class NamedBarriers:
         round_ = self.rounds.setdefault(key, _Round(count, Knowledge.nothing(self.clocks.capacity)))
         if count != round_.count:
             raise BarrierMismatch(
-                f"barrier {barrier}: this warp counts {count} threads, warps {self._names(round_.warps)} counted {round_.count}",
+                f"barrier {barrier}: this warp counts {count} threads, warps {self._names(round_.warps)} counted "
+                f"{round_.count}",
                 warp=warp,
             )
         if warp in round_.waiting:
@@ -78,4 +79,5 @@ class NamedBarriers:
         return ", ".join(str(int(w)) for w in np.unique(self.clocks.own[warps]))
 
     def describe(self, barrier: int, round_: _Round) -> str:
-        return f"barrier {barrier} ({round_.arrived} of {round_.count} threads have arrived, from warps {self._names(round_.warps)})"
+        arrived = f"{round_.arrived} of {round_.count} threads have arrived, from warps {self._names(round_.warps)}"
+        return f"barrier {barrier} ({arrived})"

@@ -9,131 +9,26 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass, field
 
 from nvfp4dsl.emulator.faults import PtxSyntaxError
+from nvfp4dsl.emulator.syntax import (
+    WIDTH,
+    Address,
+    Immediate,
+    Instruction,
+    Kernel,
+    Label,
+    Negated,
+    Pair,
+    Parameter,
+    Register,
+    Sink,
+    Symbol,
+    Variable,
+    Vector,
+)
 
-WIDTH = {"b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32, "u32": 32,
-         "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "pred": 1}  # fmt: skip
-"""Bits of each fundamental type."""
-
-
-@dataclass(frozen=True)
-class Register:
-    """A virtual register: its class (bits: 1, 16, 32, 64) and its index within the class."""
-
-    name: str
-    bits: int
-    index: int
-
-
-@dataclass(frozen=True)
-class Immediate:
-    """A literal; a float literal keeps its bits."""
-
-    value: int
-    float_bits: int | None = None  # 32 or 64 for 0f.. and 0d.. literals
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """The address of a variable or parameter, or a special register (``%tid.x``)."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Address:
-    """``[base + offset]``, for TMA requests with the coordinates that follow."""
-
-    base: object
-    offset: int
-    coordinates: tuple = ()
-
-
-@dataclass(frozen=True)
-class Vector:
-    """``{a, b, ..}``."""
-
-    items: tuple
-
-
-@dataclass(frozen=True)
-class Pair:
-    """``d|p``: a destination with a predicate destination."""
-
-    first: object
-    second: object
-
-
-@dataclass(frozen=True)
-class Negated:
-    """``!p``."""
-
-    register: Register
-
-
-@dataclass(frozen=True)
-class Label:
-    """A branch target; ``target`` is filled in as an index into the instructions."""
-
-    name: str
-
-
-class Sink:
-    """``_``: a result nobody wants."""
-
-
-@dataclass
-class Instruction:
-    """One instruction.
-
-    ``parts`` is the opcode split at dots, ``predicate`` the guard as (register, negated), ``target`` the index that a
-    branch goes to, ``span`` the place in the module's text, guard and semicolon included.
-    """
-
-    line: int
-    text: str
-    parts: tuple[str, ...]
-    operands: tuple
-    predicate: tuple[Register, bool] | None = None
-    target: int = -1
-    span: tuple[int, int] = (0, 0)
-
-    @property
-    def opcode(self) -> str:
-        return ".".join(self.parts)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One entry parameter."""
-
-    name: str
-    bytes: int
-    align: int
-
-
-@dataclass(frozen=True)
-class Variable:
-    """A shared variable; ``bytes`` is None for the dynamic one."""
-
-    name: str
-    bytes: int | None
-    align: int
-
-
-@dataclass
-class Kernel:
-    """One entry function, ready to be executed."""
-
-    name: str
-    params: list[Parameter] = field(default_factory=list)
-    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    registers: dict[int, int] = field(default_factory=lambda: {1: 0, 16: 0, 32: 0, 64: 0})
-    shared: list[Variable] = field(default_factory=list)
-    instructions: list[Instruction] = field(default_factory=list)
-
+__all__ = ["Address", "Immediate", "Instruction", "Kernel", "Parameter", "Register", "Symbol", "Vector", "parse"]
 
 _LABEL = re.compile(r"\s*([\w$]+)\s*:(?!:)")
 _GUARD = re.compile(r"@(!?)([%\w$]+)\s+")
@@ -283,7 +178,9 @@ class _Body:
         parts = tuple(opcode.split("."))
         operands = tuple(self._operand(o, at, parts[0]) for o in _split(rest)) if rest.strip() else ()
         line = self.text.count("\n", 0, at) + 1
-        instruction = Instruction(line, re.sub(r"\s+", " ", statement) + ";", parts, operands, predicate, span=(at, end))
+        instruction = Instruction(
+            line, re.sub(r"\s+", " ", statement) + ";", parts, operands, predicate, span=(at, end)
+        )
         if parts[0] == "bra":
             self.open_branches[-1].append(instruction)
         self.kernel.instructions.append(instruction)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nvfp4dsl.emulator.faults import UnknownInstruction
-from nvfp4dsl.emulator.ptx import (
+from nvfp4dsl.emulator.syntax import (
     WIDTH,
     Address,
     Immediate,
@@ -45,7 +45,9 @@ class RegisterFile:
     """All registers of all resident warps, and the addresses that symbols stand for."""
 
     def __init__(self, kernel: Kernel, warps: int, symbols: dict[str, int], specials: dict[str, np.ndarray]) -> None:
-        self.banks = {b: np.zeros((n, warps, LANES), UNSIGNED[b]) for b, n in kernel.registers.items()}
+        self.banks: dict[int, np.ndarray] = {
+            b: np.zeros((n, warps, LANES), UNSIGNED[b]) for b, n in kernel.registers.items()
+        }
         self.symbols, self.specials = symbols, specials
 
     def read(self, operand: object, kind: str) -> Reader:

@@ -89,7 +89,7 @@ def _codes(words: np.ndarray, rows: int) -> np.ndarray:
 
 
 def omma(a: np.ndarray, b: np.ndarray, c: np.ndarray, row_scales: np.ndarray, column_scales: np.ndarray) -> np.ndarray:
-    """m16n8k64 e2m1 with four ue4m3 scales a row: a [w, 4, 32], b [w, 2, 32], c [w, 4, 32], scales [w, 16], [w, 8] words."""
+    """m16n8k64 of e2m1: a [w, 4, 32], b [w, 2, 32], c [w, 4, 32]; words of four ue4m3 scales [w, 16] and [w, 8]."""
     a_sf = (row_scales[..., None] >> _BYTES & 255).astype(np.uint8)
     b_sf = (column_scales[..., None] >> _BYTES & 255).astype(np.uint8)
     tensors = map(torch.from_numpy, (_codes(a, 16), a_sf, _codes(b, 8), b_sf, accumulators(c)))

@@ -144,8 +144,8 @@ def _flat(machine, cta: int, addresses: np.ndarray, warp: int) -> np.ndarray:
     shared = machine.shared
     if addresses.size and (addresses.min() < SHARED_BASE or addresses.max() >= shared.span):
         raise OutOfBounds(
-            f"an asynchronous copy at shared addresses [{addresses.min():#x}, {addresses.max() + 1:#x}); the CTA's shared "
-            f"memory is [{SHARED_BASE:#x}, {shared.span:#x})",
+            f"an asynchronous copy at shared addresses [{addresses.min():#x}, {addresses.max() + 1:#x}); the CTA's "
+            f"shared memory is [{SHARED_BASE:#x}, {shared.span:#x})",
             warp=warp,
         )
     return addresses.reshape(-1) + cta * shared.span

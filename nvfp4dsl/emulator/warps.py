@@ -54,6 +54,7 @@ class WarpTable:
             self.state[warps_per_cta - 1 :: warps_per_cta, last_lanes:] = EXITED
         self.next = np.zeros(warps, np.int64)
         self.loose = np.zeros((warps, LANES), bool)  # has accessed shared memory since its warp's last synchronisation
+        self.stored = np.zeros((warps, LANES), bool)  # likewise, has stored to it
 
     def refresh(self, warps: np.ndarray) -> None:
         """Recompute the counter that each of ``warps`` runs next; parked lanes wake where the others have come."""
@@ -88,10 +89,13 @@ class WarpTable:
         """Lanes that have not exited."""
         return self.state[warps] != EXITED
 
-    def touch(self, group: Group) -> None:
+    def touch(self, group: Group, stores: bool) -> None:
         """The active lanes access shared memory."""
         self.loose[group.warps] |= group.mask
+        if stores:
+            self.stored[group.warps] |= group.mask
 
     def meet(self, group: Group) -> None:
         """The active lanes synchronise with each other, memory included."""
         self.loose[group.warps] &= ~group.mask
+        self.stored[group.warps] &= ~group.mask

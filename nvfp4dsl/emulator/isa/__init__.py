@@ -5,19 +5,23 @@ instruction on a :class:`~nvfp4dsl.emulator.warps.Group`. Decoding thus happens 
 all warps of the group at once.
 """
 
-from nvfp4dsl.emulator.isa import (  # noqa: F401  (imported for the table they fill)
-    bulk,
-    compare,
-    control,
-    convert,
-    data,
-    floating,
-    integer,
-    matrix,
-    packed,
-    sync,
-    warp,
-)
+import importlib
+
 from nvfp4dsl.emulator.isa.table import Step, compile_program
+
+for _family in (
+    "bulk",
+    "compare",
+    "control",
+    "convert",
+    "data",
+    "floating",
+    "integer",
+    "matrix",
+    "packed",
+    "sync",
+    "warp",
+):
+    importlib.import_module(f"{__name__}.{_family}")  # fills the table
 
 __all__ = ["Step", "compile_program"]

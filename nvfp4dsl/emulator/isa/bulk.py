@@ -10,9 +10,10 @@ import numpy as np
 
 from nvfp4dsl.emulator import tma
 from nvfp4dsl.emulator.faults import Misaligned, UnknownInstruction
+from nvfp4dsl.emulator.isa.sync import require_ordered_lanes
 from nvfp4dsl.emulator.isa.table import Blocking, Translator, instruction
 from nvfp4dsl.emulator.memory import SHARED_WINDOW
-from nvfp4dsl.emulator.ptx import Instruction
+from nvfp4dsl.emulator.syntax import Address, Instruction
 from nvfp4dsl.emulator.warps import Group
 
 _HINTS = r"(\.L2::cache_hint)?"
@@ -37,6 +38,8 @@ def _requests(g: Group, *arrays: np.ndarray):
 
 def _tensor(t: Translator, operand: object):
     """(map address, coordinates..) readers of ``[map, {c0, ..}]``."""
+    if not isinstance(operand, Address) or len(operand.coordinates) != 1:
+        raise UnknownInstruction("a tensor operand must be [map, {coordinates}]")
     (coordinates,) = operand.coordinates
     return [t.address(operand)] + [t.read(c, "s32") for c in coordinates.items]
 
@@ -63,6 +66,7 @@ def tensor_store(t: Translator, i: Instruction):
     machine = t.machine
 
     def run(g: Group) -> None:
+        require_ordered_lanes(machine, g, machine.warps.stored, "copies from shared memory")
         for warp, lanes, (smem, where, *coordinates) in _requests(g, *[r(g) for r in readers]):
             box = tma.box(tma.descriptor_at(machine, where, warp), coordinates, smem, warp)
             tma.issue_store(machine, warp, lanes, g.pc, box)
@@ -94,6 +98,7 @@ def linear_store(t: Translator, i: Instruction):
     machine = t.machine
 
     def run(g: Group) -> None:
+        require_ordered_lanes(machine, g, machine.warps.stored, "copies from shared memory")
         for warp, lanes, (target, smem, size) in _requests(g, *[r(g) for r in readers]):
             _require_16(warp, smem, target, size)
             tma.issue_store(machine, warp, lanes, g.pc, tma.line(target, smem, size))
@@ -139,4 +144,3 @@ def wait_group(t: Translator, i: Instruction):
 @instruction(r"tensormap\..+")
 def tensormap_change(t: Translator, i: Instruction):
     raise UnknownInstruction("tensor maps are read-only here")
-

@@ -6,7 +6,7 @@ import numpy as np
 
 from nvfp4dsl.emulator.isa.packed import unpack
 from nvfp4dsl.emulator.isa.table import Translator, instruction
-from nvfp4dsl.emulator.ptx import Instruction, Pair, Sink
+from nvfp4dsl.emulator.syntax import Immediate, Instruction, Pair, Sink
 
 TYPE = r"(b16|b32|b64|u16|s16|u32|s32|u64|s64|f32|f64|f16|bf16)"
 RELATION = r"(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)"
@@ -54,7 +54,7 @@ def set_predicate(t: Translator, i: Instruction):
     first, second = (destination.first, destination.second) if isinstance(destination, Pair) else (destination, Sink())
     write, write_other = t.write(first), t.write(second)
     a, b = _reader(t, i.operands[1], kind), _reader(t, i.operands[2], kind)
-    c = t.read(i.operands[3], "pred") if combine else None
+    c = t.read(i.operands[3], "pred") if combine else t.read(Immediate(0), "pred")
 
     def run(g):
         result = _relation(name, a(g), b(g))

@@ -6,7 +6,7 @@ import numpy as np
 
 from nvfp4dsl.emulator.faults import Fault, RegisterBudget
 from nvfp4dsl.emulator.isa.table import Branch, Exit, Translator, instruction
-from nvfp4dsl.emulator.ptx import Instruction
+from nvfp4dsl.emulator.syntax import Instruction
 
 
 @instruction(r"bra(\.uni)?", Branch)

@@ -8,8 +8,8 @@ from nvfp4dsl.emulator.isa.integer import elementwise
 from nvfp4dsl.emulator.isa.packed import pack, unpack
 from nvfp4dsl.emulator.isa.rounding import canonical, flush, from_bf16, to_bf16
 from nvfp4dsl.emulator.isa.table import Translator, instruction
-from nvfp4dsl.emulator.ptx import WIDTH, Instruction
 from nvfp4dsl.emulator.registers import dtype_of
+from nvfp4dsl.emulator.syntax import WIDTH, Instruction
 
 INT = r"(u8|s8|u16|s16|u32|s32|u64|s64)"
 FLOAT = r"(f16|bf16|f32|f64)"

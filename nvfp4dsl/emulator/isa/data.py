@@ -1,7 +1,7 @@
 """Moves, loads, stores and atomics.
 
 A scope or an ordering on a load or store changes nothing here: order comes from barriers only, so a kernel that
-synchronises through flags in global memory is reported as a race. Atomics on global memory are not part of the race check.
+synchronises through flags in global memory is reported as a race. Atomics take no part in the race check.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 from nvfp4dsl.emulator.faults import OutOfBounds
 from nvfp4dsl.emulator.isa.table import Translator, instruction
 from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE, Author, require_aligned
-from nvfp4dsl.emulator.ptx import WIDTH, Instruction, Vector
 from nvfp4dsl.emulator.registers import SIGNED, UNSIGNED, dtype_of
+from nvfp4dsl.emulator.syntax import WIDTH, Instruction, Vector
 from nvfp4dsl.emulator.warps import Group
 
 TYPE = r"(b8|u8|s8|b16|u16|s16|b32|u32|s32|b64|u64|s64|f16|bf16|f32|f64)"
@@ -37,7 +37,7 @@ def _unpack(t: Translator, destination: Vector, source: object, kind: str):
     bits = WIDTH[kind] // len(destination.items)
     read = t.read(source, f"b{WIDTH[kind]}")
     writers = [t.write(item) for item in destination.items]
-    shifts = [np.array(n * bits, UNSIGNED[WIDTH[kind]]) for n in range(len(writers))]
+    shifts: list[np.ndarray] = [np.array(n * bits, UNSIGNED[WIDTH[kind]]) for n in range(len(writers))]
 
     def run(g: Group) -> None:
         value = read(g)
@@ -53,7 +53,7 @@ def _pack(t: Translator, destination: object, source: Vector, kind: str):
     readers = [t.read(item, f"b{bits}") for item in source.items]
 
     def run(g: Group) -> None:
-        value = readers[0](g).astype(dtype)
+        value: np.ndarray = readers[0](g).astype(dtype)
         for n, read in enumerate(readers[1:], 1):
             value = value | read(g).astype(dtype) << np.array(n * bits, dtype)
         write(g, value)
@@ -151,8 +151,8 @@ def load(t: Translator, i: Instruction):
     def run(g: Group) -> None:
         where = address(g)[g.mask]
         if space == "shared":
-            machine.warps.touch(g)
-        data = load_bytes(machine, space, where, size * len(writers), g.lane_warps, g.pc).view(dtype)
+            machine.warps.touch(g, stores=False)
+        data: np.ndarray = load_bytes(machine, space, where, size * len(writers), g.lane_warps, g.pc).view(dtype)
         for n, write in enumerate(writers):
             write(g, spread(g, data[:, n]))
 
@@ -178,11 +178,11 @@ def store(t: Translator, i: Instruction):
 
     def run(g: Group) -> None:
         where = address(g)[g.mask]
-        data = np.empty((where.size, len(readers)), UNSIGNED[bits])
+        data: np.ndarray = np.empty((where.size, len(readers)), UNSIGNED[bits])
         for n, read in enumerate(readers):
             data[:, n] = np.broadcast_to(read(g), g.mask.shape)[g.mask]
         if space == "shared":
-            machine.warps.touch(g)
+            machine.warps.touch(g, stores=True)
         store_bytes(machine, space, where, data.view(np.uint8), g.lane_warps, g.pc)
 
     return run

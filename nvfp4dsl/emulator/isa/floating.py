@@ -1,16 +1,18 @@
 """Arithmetic in f32 and f64. Exact IEEE with round to nearest even; ``.ftz`` and ``.sat`` as named.
 
-Approximate instructions (``.approx``, ``.full``) return the correctly rounded value, which the hardware only comes near.
+Approximate instructions (``.approx``, ``.full``) return the correctly rounded value; the hardware only comes near.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from nvfp4dsl.emulator.isa.integer import elementwise
 from nvfp4dsl.emulator.isa.rounding import canonical, flush, fma
 from nvfp4dsl.emulator.isa.table import Translator, instruction
-from nvfp4dsl.emulator.ptx import Instruction
+from nvfp4dsl.emulator.syntax import Instruction
 
 F32 = r"(\.ftz)?(\.sat)?\.f32"
 
@@ -96,7 +98,7 @@ def copy_sign(t: Translator, i: Instruction):
     return elementwise(t, i, lambda a, b: np.copysign(b, a), (kind, kind))
 
 
-_UNARY = {
+_UNARY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rcp": lambda x: 1.0 / x,
     "sqrt": np.sqrt,
     "rsqrt": lambda x: 1.0 / np.sqrt(x),

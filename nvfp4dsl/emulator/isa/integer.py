@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from nvfp4dsl.emulator.isa.table import Translator, instruction
-from nvfp4dsl.emulator.ptx import WIDTH, Instruction
 from nvfp4dsl.emulator.registers import SIGNED, UNSIGNED, dtype_of
+from nvfp4dsl.emulator.syntax import WIDTH, Instruction
 
 INT = r"(u16|s16|u32|s32|u64|s64)"
 BITS = r"(b16|b32|b64)"

@@ -7,8 +7,8 @@ import numpy as np
 from nvfp4dsl.emulator import tensorcore
 from nvfp4dsl.emulator.faults import UnknownInstruction
 from nvfp4dsl.emulator.isa.table import Translator, instruction
-from nvfp4dsl.emulator.ptx import Immediate, Instruction, Register, Vector
 from nvfp4dsl.emulator.registers import Reader
+from nvfp4dsl.emulator.syntax import Immediate, Instruction, Register, Vector
 from nvfp4dsl.emulator.warps import Group
 
 

@@ -18,7 +18,7 @@ from nvfp4dsl.emulator.isa.rounding import (
     to_float32_odd,
 )
 from nvfp4dsl.emulator.isa.table import Translator, instruction
-from nvfp4dsl.emulator.ptx import Instruction
+from nvfp4dsl.emulator.syntax import Instruction
 
 HALF = r"(f16|bf16|f16x2|bf16x2)"
 
@@ -52,7 +52,7 @@ def _half(t: Translator, i: Instruction, function: Callable):
     return elementwise(t, i, run, (register,) * (len(i.operands) - 1))
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "add": add_to_odd,
     "sub": lambda a, b: add_to_odd(a, -b),
     "mul": np.multiply,  # exact in float64
@@ -85,7 +85,12 @@ def sign(t: Translator, i: Instruction):
 def pair(t: Translator, i: Instruction):
     """Two f32 in a 64-bit register."""
     ftz = "ftz" in i.parts
-    functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": lambda a, b, c: fma(a, b, c, np.float32)}
+    functions: dict[str, Callable[..., np.ndarray]] = {
+        "add": np.add,
+        "sub": np.subtract,
+        "mul": np.multiply,
+        "fma": lambda a, b, c: fma(a, b, c, np.float32),
+    }
     function = functions[i.parts[0]]
 
     def run(*operands: np.ndarray) -> np.ndarray:

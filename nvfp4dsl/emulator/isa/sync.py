@@ -8,7 +8,7 @@ from nvfp4dsl.emulator.faults import DivergentSync, Misaligned, UnknownInstructi
 from nvfp4dsl.emulator.isa.data import spread
 from nvfp4dsl.emulator.isa.table import Blocking, Translator, instruction
 from nvfp4dsl.emulator.memory import SHARED_WINDOW
-from nvfp4dsl.emulator.ptx import Immediate, Instruction, Sink
+from nvfp4dsl.emulator.syntax import Immediate, Instruction, Sink
 from nvfp4dsl.emulator.warps import Group
 
 SPURIOUS_FAILURE = 0.1
@@ -147,7 +147,7 @@ def arrive(t: Translator, i: Instruction):
 
     def run(g: Group) -> None:
         if release:
-            _require_ordered_lanes(machine, g)
+            require_ordered_lanes(machine, g, machine.warps.loose, "arrives")
         tokens = []
         for warp, address, value in _each_lane(g, where(g), amount(g)):
             if expects:
@@ -158,15 +158,15 @@ def arrive(t: Translator, i: Instruction):
     return run
 
 
-def _require_ordered_lanes(machine, g: Group) -> None:
-    """An arrival releases what its own lane did, and what ``bar.warp.sync`` ordered before it."""
+def require_ordered_lanes(machine, g: Group, loose: np.ndarray, deed: str) -> None:
+    """What one lane does for its warp comes after its own accesses, and those that ``bar.warp.sync`` ordered before."""
     rows = g.rows()
-    others = machine.warps.loose[g.warps[rows]] & ~g.mask[rows]
+    others = loose[g.warps[rows]] & ~g.mask[rows]
     if others.any():
         row, lane = np.argwhere(others)[0]
         fault = UnorderedLanes(
-            f"lane {int(g.mask[rows[row]].argmax())} arrives for its warp, but lane {lane} has accessed shared memory since "
-            "the warp's last bar.warp.sync, and that access is not ordered before the arrival",
+            f"lane {int(g.mask[rows[row]].argmax())} {deed} for its warp, but lane {lane} has accessed shared memory "
+            "since the warp's last bar.warp.sync, and that access is not ordered before",
             warp=int(g.warps[rows[row]]),
         )
         machine.tolerated(fault, g.pc)
@@ -220,7 +220,6 @@ def wait(t: Translator, i: Instruction):
 def _test(machine, warp: int, address: int, parity: int, acquire: bool) -> bool:
     if machine.rng.random() < SPURIOUS_FAILURE / 2:
         machine.mbarriers.of_warp(warp, address)
-        machine.note_change()  # a retry will succeed: this is not standing still
         return False
     return machine.mbarriers.test(warp, address, parity, acquire)
 

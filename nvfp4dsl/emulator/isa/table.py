@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nvfp4dsl.emulator.faults import UnknownInstruction
-from nvfp4dsl.emulator.ptx import Immediate, Instruction
 from nvfp4dsl.emulator.registers import Reader, Writer, registers_of
+from nvfp4dsl.emulator.syntax import Immediate, Instruction
 from nvfp4dsl.emulator.warps import NOWHERE, Group
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ def compile_program(machine: Machine, instructions: list[Instruction]) -> list[S
     """Decode a kernel. :class:`UnknownInstruction` names every opcode, or operand, that is not known."""
     translator = Translator(machine)
     rows: dict[str, Entry | None] = {}
-    program, unknown = [], {}
+    program: list[Step] = []
+    unknown: dict[str, Instruction] = {}
     for each in instructions:
         if each.opcode not in rows:
             rows[each.opcode] = next((e for e in TABLE if e.pattern.fullmatch(each.opcode)), None)

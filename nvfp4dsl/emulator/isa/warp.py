@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nvfp4dsl.emulator.isa.table import Translator, instruction
-from nvfp4dsl.emulator.ptx import Instruction, Pair, Sink, Vector
+from nvfp4dsl.emulator.syntax import Instruction, Pair, Sink, Vector
 from nvfp4dsl.emulator.warps import LANES, Group
 
 _LANE = np.arange(LANES)
@@ -143,7 +143,7 @@ def load_matrices(t: Translator, i: Instruction):
     def run(g: Group) -> None:
         rows = np.ascontiguousarray(address(g)[:, : 8 * count])  # lane 8m + r holds the address of row r of matrix m
         warps = np.repeat(g.warps, 8 * count)
-        machine.warps.touch(g)
+        machine.warps.touch(g, stores=False)
         data = machine.shared.load(rows.reshape(-1), 16, warps, g.pc).view(np.uint16)
         matrices = data.reshape(len(g.warps), count, 8, 8)
         if transposed:
@@ -169,7 +169,7 @@ def store_matrices(t: Translator, i: Instruction):
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
         rows = np.ascontiguousarray(address(g)[:, : 8 * count]).reshape(-1)
         warps = np.repeat(g.warps, 8 * count)
-        machine.warps.touch(g)
+        machine.warps.touch(g, stores=True)
         machine.shared.store(rows, matrices.view(np.uint8).reshape(-1, 16), warps, g.pc)
 
     return run

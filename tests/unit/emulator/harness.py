@@ -30,9 +30,9 @@ def kernel(body, params, block=32, maps=()):
 def execute(
     body, arrays=None, *, outputs=None, block=32, grid=1, smem=4096, maps=None, seed=0, initialised=False, **options
 ):
-    """Run ``body``; ``arrays`` are read-only inputs, ``outputs`` arrays it may write (uninitialised, unless ``initialised``).
+    """Run ``body``; ``arrays`` are read-only, ``outputs`` it may write (uninitialised, unless ``initialised``).
 
-    ``maps`` gives 128-byte tensor maps, or functions of the address table that make one. Returns (outputs, report).
+    ``maps`` gives 128-byte tensor maps, or functions that make one from the addresses. Returns (outputs, report).
     """
     arrays, outputs, maps = arrays or {}, outputs or {}, maps or {}
     buffers, addresses = [], {}
@@ -52,7 +52,7 @@ def execute(
 
 
 def evaluate(instruction, *inputs, result=np.uint32, seed=0):
-    """One instruction on 32 lanes: ``{d}`` is its result, ``{a}``, ``{b}``, ``{c}`` its sources. Returns the 32 results."""
+    """One instruction on 32 lanes: ``{d}`` is its result, ``{a}``, ``{b}``, ``{c}`` its sources."""
     registers = {1: "%h", 2: "%h", 4: "%r", 8: "%d"}
     names, body = {}, "mul.wide.u32 %d60, %r0, 8;\n"
     arrays = {}

@@ -134,7 +134,8 @@ def test_block_scaled_mma():
     ld.global.v4.b32 {%r9, %r10, %r11, %r12}, [%d1+32];
     mov.b16 %h0, 0; mov.b16 %h1, 1; mov.b16 %h3, 3;
     mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3
-      {%r20, %r21, %r22, %r23}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%r7, %r8, %r9, %r10}, {%r11}, {%h0, %h1}, {%r12}, {%h0, %h3};
+      {%r20, %r21, %r22, %r23}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%r7, %r8, %r9, %r10},
+      {%r11}, {%h0, %h1}, {%r12}, {%h0, %h3};
     mul.wide.u32 %d2, %r0, 16; add.s64 %d2, %out, %d2; st.global.v4.b32 [%d2], {%r20, %r21, %r22, %r23};
     """
     out, report = execute(body, {"table": table}, outputs={"out": np.zeros((32, 4), np.float32)})
@@ -161,10 +162,11 @@ def test_half_mma(kind, dtype):
         table[lane, 4], table[lane, 5] = bits(b)[g, 2 * t : 2 * t + 2], bits(b)[g, 2 * t + 8 : 2 * t + 10]
     body = f"""
     mul.wide.u32 %d1, %r0, 24; add.s64 %d1, %table, %d1;
-    ld.global.v2.b32 {{%r1, %r2}}, [%d1]; ld.global.v2.b32 {{%r3, %r4}}, [%d1+8]; ld.global.v2.b32 {{%r5, %r6}}, [%d1+16];
+    ld.global.v2.b32 {{%r1, %r2}}, [%d1]; ld.global.v2.b32 {{%r3, %r4}}, [%d1+8];
+    ld.global.v2.b32 {{%r5, %r6}}, [%d1+16];
     mov.b32 %r7, 0f00000000;
-    mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%r20, %r21, %r22, %r23}}, {{%r1, %r2, %r3, %r4}}, {{%r5, %r6}},
-      {{%r7, %r7, %r7, %r7}};
+    mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32
+      {{%r20, %r21, %r22, %r23}}, {{%r1, %r2, %r3, %r4}}, {{%r5, %r6}}, {{%r7, %r7, %r7, %r7}};
     mul.wide.u32 %d2, %r0, 16; add.s64 %d2, %out, %d2; st.global.v4.b32 [%d2], {{%r20, %r21, %r22, %r23}};
     """
     out, _ = execute(body, {"table": table}, outputs={"out": np.zeros((8, 4, 2, 2), np.float32)})
