@@ -27,12 +27,10 @@ def kernel(body, params, block=32, maps=()):
     )
 
 
-def execute(
-    body, arrays=None, *, outputs=None, block=32, grid=1, smem=4096, maps=None, seed=0, initialised=False, **options
-):
-    """Run ``body``; ``arrays`` are read-only, ``outputs`` it may write (uninitialised, unless ``initialised``).
+def prepare(body, arrays=None, *, outputs=None, block=32, grid=1, smem=4096, maps=None, initialised=False):
+    """(PTX, launch) of ``body``: ``arrays`` are read-only, ``outputs`` written (uninitialised, unless ``initialised``).
 
-    ``maps`` gives 128-byte tensor maps, or functions that make one from the addresses. Returns (outputs, report).
+    ``maps`` gives 128-byte tensor maps, or functions that make one from the addresses.
     """
     arrays, outputs, maps = arrays or {}, outputs or {}, maps or {}
     buffers, addresses = [], {}
@@ -47,7 +45,17 @@ def execute(
     params = [struct.pack("<Q", a) for a in addresses.values()]
     params += [make(addresses) if callable(make) else make for make in maps.values()]
     launch = Launch("k", (grid, 1, 1), (block, 1, 1), (1, 1, 1), smem, params, buffers)
-    report = run(kernel(body, list(addresses), block, list(maps)), launch, seed=seed, **options)
+    return kernel(body, list(addresses), block, list(maps)), launch
+
+
+LAUNCH = ("block", "grid", "smem", "maps", "initialised")
+
+
+def execute(body, arrays=None, *, outputs=None, **options):
+    """Run ``body``, given what :func:`prepare` and ``run`` take. Returns (outputs, report)."""
+    outputs = outputs or {}
+    ptx, launch = prepare(body, arrays, outputs=outputs, **{k: options.pop(k) for k in LAUNCH if k in options})
+    report = run(ptx, launch, **options)
     return {n: launch.buffer(n).data.view(a.dtype).reshape(a.shape) for n, a in outputs.items()}, report
 
 
