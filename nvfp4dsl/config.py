@@ -7,6 +7,7 @@ allocation cannot drift apart, and a test holds both against the compiler's own 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from nvfp4dsl.errors import TileError
@@ -85,7 +86,9 @@ class TileConfig:
         return "x".join(str(v) for v in (self.m, self.n, self.k, self.stages) if v is not None)
 
 
-#: tiles this release builds for W4A4 on sm_12x; the first is the default.
+#: extents a tile may have. A row of codes must fill a 64- or 128-byte swizzle span, so K is 128 or 256.
+TILE_M, TILE_N, TILE_K = (64, 128, 256), (128, 256), (128, 256)
+#: tiles that dispatch chooses from; the first is the default.
 TILES = (TileConfig(128, 128, 128), TileConfig(128, 128, 256), TileConfig(64, 128, 128))
 
 
@@ -172,12 +175,9 @@ def _shape_reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str
     reasons = []
     if "omma" not in target.mainloops.get(spec.activation, ()):
         reasons.append(f"{target.name} has no kernel for activation={spec.activation!r} yet")
-    if tile.k not in (128, 256):
-        reasons.append(f"K={tile.k}: a row of codes must fill a 64- or 128-byte swizzle span, so K is 128 or 256")
-    if tile.m not in (64, 128, 256):
-        reasons.append(f"M={tile.m}: allowed are 64, 128 and 256")
-    if tile.n not in (128, 256):
-        reasons.append(f"N={tile.n}: allowed are 128 and 256")
+    for axis, extent, allowed in (("M", tile.m, TILE_M), ("N", tile.n, TILE_N), ("K", tile.k, TILE_K)):
+        if extent not in allowed:
+            reasons.append(f"{axis}={extent}: allowed are {', '.join(map(str, allowed))}")
     return reasons
 
 
@@ -208,6 +208,16 @@ def legal(spec: GemmSpec, tile: TileConfig, target: str | Target) -> list[str]:
             f"a block on {target.name} may use {target.smem_per_block}"
         )
     return reasons
+
+
+def legal_tiles(spec: GemmSpec, target: str | Target) -> tuple[TileConfig, ...]:
+    """Every tile that :func:`legal` admits for ``spec`` on ``target``, with as many stages as fit; may be empty.
+
+    Raises:
+        TargetError: unknown target.
+    """
+    tiles = (TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N, TILE_K))
+    return tuple(tile for tile in tiles if not legal(spec, tile, target))
 
 
 def plan(spec: GemmSpec, tile: TileConfig, target: str | Target) -> Plan:

@@ -13,8 +13,8 @@ Strategies are `hypothesis <https://hypothesis.readthedocs.io>`_ strategies, and
         testing.assert_bijective(my_layout)                          # an nvfp4dsl.layouts.IntLayout
         testing.assert_matches_cute(my_layout, lambda: cute.make_layout(...))
 
-Strategies: :func:`ks`, :func:`shapes`, :func:`tensors`, :func:`nvfp4_tensors`, :func:`representable_tensors`,
-:func:`scale_layouts`.
+Strategies: :func:`ks`, :func:`shapes`, :func:`tiles`, :func:`tensors`, :func:`nvfp4_tensors`,
+:func:`representable_tensors`, :func:`scale_layouts`.
 Checks: :func:`relative_error`, :func:`element_error`, :func:`assert_close`, :func:`bits_differing`,
 :func:`assert_identical`, :func:`assert_bijective`, :func:`assert_matches_cute`.
 
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nvfp4dsl.config import GemmSpec, TileConfig, legal_tiles
 from nvfp4dsl.constants import BLOCK, E4M3_MIN_NORMAL
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.layouts import IntLayout, scale_layout
@@ -63,6 +64,14 @@ def shapes(max_m: int = 300, max_n: int = 300, max_k: int = 512) -> SearchStrate
     """(M, N, K) of a GEMM: M and N anything from 1, K as in :func:`ks`."""
     st = _strategies()
     return st.tuples(st.integers(1, max_m), st.integers(1, max_n), ks(max_k))
+
+
+def tiles(spec: GemmSpec | None = None, target: str = "sm_121a") -> SearchStrategy[TileConfig]:
+    """Legal tiles for ``spec`` (by default W4A4, bf16 output) on ``target``."""
+    admitted = legal_tiles(spec or GemmSpec(), target)
+    if not admitted:
+        raise ValueError(f"{target} has no legal tile for {spec or GemmSpec()}")
+    return _strategies().sampled_from(admitted)
 
 
 def _matrix_shapes(max_rows: int, max_k: int) -> Any:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nvfp4dsl as nv
-from nvfp4dsl import reference
+from nvfp4dsl import reference, testing
 from nvfp4dsl.config import TILES
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.testing import assert_close, bits_differing
@@ -75,6 +77,13 @@ def test_few_ctas_walk_many_tiles(random_operands):
 def test_any_order_gives_the_same_bits(seed, random_operands):
     a, b = random_operands(130, 136, 1040, seed=6)
     check(emulated(a, b, "sm_121a", seed=seed, max_ctas=1), a, b)
+
+
+@settings(max_examples=10, deadline=None)
+@given(testing.tiles(), testing.shapes(max_m=300, max_n=300, max_k=400), st.sampled_from(list(TOLERANCE)))
+def test_any_legal_tile_on_any_shape(tile, shape, out_dtype):
+    a, b = (nv.quantize(torch.randn(rows, shape[2], generator=torch.Generator().manual_seed(0))) for rows in shape[:2])
+    check(emulated(a, b, "sm_121a", tile=tile, out_dtype=out_dtype), a, b)
 
 
 def _probe(rows, k, seed):

@@ -4,26 +4,23 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvfp4dsl import jit
-from nvfp4dsl.config import GemmSpec, TileConfig, legal, plan
+from nvfp4dsl.config import GemmSpec, legal, legal_tiles, plan
 from nvfp4dsl.emulator.capture import capture
 
 SPECS = [GemmSpec(out_dtype=d, aligned_rows=a) for d, a in itertools.product(("bf16", "fp16", "fp32"), (True, False))]
-TILES = [TileConfig(*mnk) for mnk in itertools.product((32, 64, 96, 128, 256), (64, 128, 256), (64, 128, 256))]
+ADMITTED = [(spec, tile) for spec in SPECS for tile in legal_tiles(spec, "sm_121a")]
 
 
 def _launch(kernel):
     """The launch of a 1 x 16 x 16 problem."""
-    scales = np.zeros((1, 1, 1, 512), np.uint8)
-    out = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}[kernel.spec.out_dtype]
-    c = np.zeros((1, 1, 16), out)
-    if kernel.spec.out_dtype == "bf16":
-        torch = pytest.importorskip("torch")
-        c = torch.zeros(1, 1, 16, dtype=torch.bfloat16)
-    one = np.ones(1, np.float32)
+    scales, one = np.zeros((1, 1, 1, 512), np.uint8), np.ones(1, np.float32)
+    out = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kernel.spec.out_dtype]
+    c = torch.zeros(1, 1, 16, dtype=out)
     arguments = [
         np.zeros((1, 1, 16), np.uint8), scales, np.zeros((1, 16, 16), np.uint8), scales, one,
         np.broadcast_to(one[:, None], (1, 16)), None, c, 1,
@@ -39,9 +36,6 @@ def _check(spec, tile, target):
     assert launch.smem_bytes == planned.smem_bytes
     assert launch.block == (planned.threads, 1, 1)
     assert kernel.meta["spills"] == 0
-
-
-ADMITTED = [(spec, tile) for spec in SPECS for tile in TILES if not legal(spec, tile, "sm_121a")]
 
 
 @settings(max_examples=8, deadline=None)
