@@ -11,6 +11,7 @@ from nvfp4dsl.cli.demo import demo
 from nvfp4dsl.cli.doctor import doctor
 from nvfp4dsl.cli.kernels import compile_, emulate
 from nvfp4dsl.cli.output import Group
+from nvfp4dsl.cli.patches import patches
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,5 +22,5 @@ def main(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
 
 
-for command in (doctor, demo, compile_, emulate, cache):
+for command in (doctor, demo, compile_, emulate, cache, patches):
     main.add_command(command)

@@ -78,6 +78,7 @@ def demo(
         with progress("executing the PTX in the emulator", as_json):
             y = dispatch.gemm(a, b, out_dtype=DTYPES[out_dtype], tile=forced)
     run = emulation.runs[-1]
+    model = reference.gemm_model(a, b, out_dtype=y.dtype)
     result = {
         "target": target,
         "tile": str(kernel.tile),
@@ -92,9 +93,10 @@ def demo(
         "spills": kernel.meta["spills"],
         "seconds": run.report.seconds,
         "rel_err": relative_error(y, reference.gemm(a, b)),
-        "bits_differing": bits_differing(y, reference.gemm_model(a, b, out_dtype=y.dtype)),
+        "bits_differing": bits_differing(y, model),
     }
     if dump is not None:
+        run.launch.expected["c"] = model.contiguous().view(-1).view(torch.uint8).numpy()
         _dump(dump, run, x, weight, a, b, y)
     show(result, as_json, title=f"NVFP4 GEMM for {target}: compiled here, executed with no GPU")
 
@@ -138,7 +140,8 @@ def _dump(
     y: torch.Tensor,
 ) -> None:
     """Everything needed to recompute the result without this package: operands as given and as quantized (canonical
-    layout), the output, the PTX, and the launch, on which ``nvfp4dsl emulate`` runs the PTX again."""
+    layout), the output, the PTX, and the launch with the output the arithmetic model expects, on which ``nvfp4dsl
+    emulate`` runs the PTX again."""
     folder.mkdir(parents=True, exist_ok=True)
     operands = {"x": x, "weight": weight}
     for name, quantized in (("a", a.canonical()), ("b", b.canonical())):

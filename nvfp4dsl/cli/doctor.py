@@ -30,7 +30,7 @@ def doctor(as_json: bool) -> None:
         "versions": _versions(),
         "driver": _driver(),
         "devices": _devices(),
-        "patches": patches.status(),
+        "patches": patches.status(jit.observed()),
         "settings": [vars(row) for row in settings.describe()],
         "targets": [_target(target, as_json) for target in TARGETS.values()],
     }
@@ -43,6 +43,9 @@ def doctor(as_json: bool) -> None:
     )
     console.print(f"driver: {report['driver'] or 'none'}\n")
     show_rows(report["devices"] or [{"devices": "no CUDA device"}], "devices", console)
+    show_rows(
+        [{"upstream defect": name, "state": state} for name, state in report["patches"].items()], "patches", console
+    )
     show_rows(report["settings"], "settings", console)
     show_rows(report["targets"], "targets", console)
 

@@ -12,7 +12,10 @@ import numpy as np
 from nvfp4dsl import emulator, jit
 from nvfp4dsl.cli.output import json_option, out_dtype_option, progress, show, target_option, tile_option
 from nvfp4dsl.config import TILES, GemmSpec, TileConfig
+from nvfp4dsl.emulator.faults import Fault
 from nvfp4dsl.emulator.launch import Launch
+
+FAULTS = {kind.__name__: kind for kind in Fault.__subclasses__()}
 
 
 @click.command("compile")
@@ -50,13 +53,20 @@ def summary(kernel: jit.CompiledKernel) -> dict:
 @click.argument("ptx", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("launch", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Of the adversarial order of warps and copies.")
+@click.option(
+    "--tolerate", multiple=True, type=click.Choice(sorted(FAULTS)), help="Report this kind of fault, but go on."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write what the kernel stored: a .npz, bytes a buffer.")
 @json_option
-def emulate(ptx: Path, launch: Path, seed: int, out: Path | None, as_json: bool) -> None:
-    """Execute a PTX file under a dumped launch. A fault is reported by name, and the exit status is 1."""
+def emulate(ptx: Path, launch: Path, seed: int, tolerate: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Execute a PTX file under a dumped launch.
+
+    A fault is reported by name, and the exit status is 1; so is a result other than the one a launch of ``nvfp4dsl demo
+    --dump`` expects.
+    """
     loaded = Launch.load(launch)
     with progress(f"emulating {loaded.kernel[:40]}", as_json):
-        report = emulator.run(ptx.read_text(), loaded, seed=seed)
+        report = emulator.run(ptx.read_text(), loaded, seed=seed, tolerate=[FAULTS[name] for name in tolerate])
     if out is not None:
         with out.open("wb") as file:
             np.savez(file, **{b.name: b.data for b in loaded.buffers if b.writable})  # type: ignore[arg-type]
@@ -67,6 +77,8 @@ def emulate(ptx: Path, launch: Path, seed: int, out: Path | None, as_json: bool)
         "smem_bytes": loaded.smem_bytes,
         "seed": seed,
         "fault": None,
+        "tolerated": report.tolerated,
+        "result_checked": sorted(loaded.expected),
         "instructions": report.instructions,
         "seconds": report.seconds,
     }

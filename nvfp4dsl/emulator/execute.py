@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from nvfp4dsl.emulator.faults import Fault, LaunchMismatch, UnwrittenRegister
+from nvfp4dsl.emulator.faults import Fault, LaunchMismatch, UnwrittenRegister, WrongResult
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.emulator.machine import Machine
 from nvfp4dsl.emulator.memory import GlobalMemory
@@ -41,6 +42,8 @@ def run(
         tolerate: kinds of fault that are recorded in the report instead of raised, as far as execution can go on.
         progress: called now and then with the report so far.
 
+    Where the launch carries expected contents, the buffers are held to them in the end.
+
     Raises:
         Fault: a subclass of :class:`~nvfp4dsl.errors.EmulationError` that says what went wrong and where.
     """
@@ -58,6 +61,7 @@ def run(
             wave = ctas[first : first + RESIDENT_CTAS]
             Machine(kernel, launch, wave, first, memory, rng, report, tolerate).run(max_steps, progress)
     report.seconds = time.perf_counter() - started
+    _check_result(launch)
     return report
 
 
@@ -82,6 +86,20 @@ def _find_kernel(kernels: dict[str, Kernel], launch: Launch) -> Kernel:
     if tuple(launch.cluster) not in ((1, 1, 1), (0, 0, 0)):
         raise LaunchMismatch(f"clusters are not emulated; the launch has {launch.cluster}")
     return kernel
+
+
+def _check_result(launch: Launch) -> None:
+    """Every buffer whose contents the launch foretells holds them."""
+    for name, expected in launch.expected.items():
+        buffer = launch.buffer(name)
+        wrong = np.flatnonzero(buffer.data != expected)
+        if wrong.size:
+            elements = np.unique(wrong // (buffer.data.size // max(1, math.prod(buffer.shape))))
+            first = tuple(int(i) for i in np.unravel_index(elements[0], buffer.shape))
+            raise WrongResult(
+                f"{elements.size} of {math.prod(buffer.shape)} elements of {name!r} differ from what the launch "
+                f"expects; the first at {first}"
+            )
 
 
 def _check_registers(kernel: Kernel, report: Report, tolerate: tuple[type[Fault], ...]) -> None:

@@ -145,3 +145,10 @@ class Deadlock(Fault):
 
 class UnfinishedBulk(Fault):
     """A thread exits with bulk copies that it has not committed, or not waited for."""
+
+
+# --- the result
+
+
+class WrongResult(Fault):
+    """The kernel ran to its end, and a buffer does not hold what the launch says it must."""

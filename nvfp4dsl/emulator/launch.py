@@ -1,6 +1,6 @@
 """A kernel launch as data: what the device would have been handed, with the memory it may touch.
 
-A :class:`Launch` and the PTX it names are all that :func:`nvfp4dsl.emulator.ptx.run` needs. numpy only, so that a
+A :class:`Launch` and the PTX it names are all that :func:`nvfp4dsl.emulator.run` needs. numpy only, so that a
 dumped pair runs anywhere.
 """
 
@@ -65,6 +65,7 @@ class Launch:
         params: the value of each entry parameter, in the PTX entry's order and sizes.
         buffers: the memory behind the pointers and TMA descriptors among ``params``. Launches that were captured
             together share these objects, so one sees what an earlier one wrote.
+        expected: the bytes that buffers must hold after the launch, by name, where they are known.
         attributes: what else the host half asked for: ``programmatic_stream_serialization`` (PDL) and other launch
             attributes by name, ``max_dynamic_smem`` (the most dynamic shared memory the kernel was opened to, bytes)
             and ``smem_carveout`` (the preferred carve-out as the runtime's integer).
@@ -78,6 +79,7 @@ class Launch:
     params: list[bytes]
     buffers: list[Buffer]
     attributes: dict[str, int] = field(default_factory=dict)
+    expected: dict[str, np.ndarray] = field(default_factory=dict)
 
     def buffer(self, name: str) -> Buffer:
         """The buffer of that name; :class:`LaunchError` if there is none."""
@@ -97,10 +99,12 @@ class Launch:
             "smem_bytes": self.smem_bytes,
             "params": len(self.params),
             "attributes": self.attributes,
+            "expected": list(self.expected),
             "buffers": [{k: v for k, v in vars(b).items() if k != "data"} for b in self.buffers],
         }
         arrays = {f"param_{i}": np.frombuffer(p, np.uint8) for i, p in enumerate(self.params)}
         arrays |= {f"buffer_{i}": b.data for i, b in enumerate(self.buffers)}
+        arrays |= {f"expected_{i}": data for i, data in enumerate(self.expected.values())}
         with open(path, "wb") as file:  # a file object: np.savez would append ".npz" to another name
             np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
 
@@ -136,4 +140,5 @@ class Launch:
             params=[archive[f"param_{i}"].tobytes() for i in range(header["params"])],
             buffers=buffers,
             attributes=header["attributes"],
+            expected={name: archive[f"expected_{i}"] for i, name in enumerate(header["expected"])},
         )

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nvfp4dsl import cubin
+from nvfp4dsl import cubin, patches
 from nvfp4dsl.errors import CompileError, LaunchError
-from nvfp4dsl.jit.key import KeyInputs
+from nvfp4dsl.jit.key import KeyInputs, observed
 from nvfp4dsl.jit.pool import pool
 from nvfp4dsl.jit.store import CUBIN, OBJECT, PTX, Entry, Store
 from nvfp4dsl.jit.worker import Product, Request
@@ -102,10 +102,15 @@ def compile(spec: Any, tile: Any, target: str, *, builder: str = BUILDER) -> Com
     Raises:
         TargetError: unknown target.
         TileError: the tile is not legal for the spec on the target.
-        CompileError: the compiler refused, died, or overran ``NVFP4DSL_COMPILE_TIMEOUT``.
+        CompileError: the installed DSL cannot compile for the target (:mod:`nvfp4dsl.patches` says why); or the
+            compiler refused, died, or overran ``NVFP4DSL_COMPILE_TIMEOUT``.
         CacheError: the cache cannot be read or written.
     """
     get_target(target)
+    try:
+        patches.check(target, observed())
+    except patches.RefusedError as error:
+        raise CompileError(str(error)) from None
     inputs = KeyInputs.of(builder, spec, tile, target)
     key, timeout = inputs.key(), settings.compile_timeout
 

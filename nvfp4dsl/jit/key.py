@@ -10,13 +10,19 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
+import os
 import platform
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nvfp4dsl import patches
+from nvfp4dsl.settings import settings
+
+log = logging.getLogger(__name__)
 
 COMPILE_OPTIONS = "--enable-tvm-ffi --keep-ptx --keep-cubin"
 
@@ -102,9 +108,40 @@ def closure(roots: Mapping[str, Path] = ROOTS) -> dict[str, str]:
     }
 
 
-def needed_patches() -> list[str]:
-    """Names of the patches that a worker will apply with the installed DSL."""
-    return sorted(name for name, state in patches.status().items() if state != "not needed")
+def observed() -> patches.Observation:
+    """Which defects the installed DSL has, as a compiler process would find them. Probing takes about a second and a
+    process of its own, so what it found is kept below the cache folder for as long as the installation stays the same."""
+    return _observed(settings.cache_dir / "probes")
+
+
+@functools.cache
+def _observed(folder: Path) -> patches.Observation:
+    record = folder / f"{_installation()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if record.stat().st_uid == os.geteuid():
+            return patches.Observation(**json.loads(record.read_text()))
+    seen = patches.observe()
+    if seen.error or seen.unprobed:
+        log.warning("the installed DSL could not be probed for defects: %s", seen.error or seen.unprobed)
+        return seen
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            json.dump(dataclasses.asdict(seen), file)
+        os.replace(file.name, record)
+    except OSError as error:
+        log.info("what probing the DSL found is not kept, so each process probes anew: %s", error)
+    return seen
+
+
+def _installation() -> str:
+    """Digest of what a probe's answer depends on: the toolchain, the probes, and the very files, which people edit."""
+    spec = importlib.util.find_spec("cutlass")
+    package = Path(spec.origin).parent if spec and spec.origin else Path()
+    files = [package / "cute/nvgpu/warp/mma.py", *sorted(package.glob("_mlir/_mlir_libs/_cutlass_ir*.so"))]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    probes = {name: digest for name, digest in closure().items() if name.startswith("patches/")}
+    return hashlib.sha256(json.dumps([toolchain(), probes, stamps, sys.executable]).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +155,7 @@ class KeyInputs:
         options: compile options.
         toolchain: see :func:`toolchain`.
         host: see :func:`host`.
-        patches: names of the active patches.
+        patches: names of the patches in force in the compiler process.
         closure: see :func:`closure`.
     """
 
@@ -143,7 +180,7 @@ class KeyInputs:
             options=COMPILE_OPTIONS,
             toolchain=toolchain(),
             host=host(),
-            patches=needed_patches(),
+            patches=patches.planned(observed()),
             closure=closure(),
         )
 

@@ -72,5 +72,5 @@ class Producer:
                 cute.copy(sfa.atom, tAgSFA[(None, 0, k, sfa_m, coord.batch)], tAsSFA[slot], tma_bar_ptr=full)
                 cute.copy(sfb.atom, tBgSFB[(None, 0, k, coord.n, coord.batch)], tBsSFB[slot], tma_bar_ptr=full)
                 state.advance()
-        # A CTA must not exit while a consumer can still arrive on its barriers.
-        self.ring.producer_tail(state)
+        # No wait for the last stages to drain: only this CTA's own warps arrive on its barriers, and shared memory
+        # lives until the last of them exits. A cluster's peers would make that wait necessary.
