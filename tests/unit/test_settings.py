@@ -8,6 +8,7 @@ from nvfp4dsl.settings import PREFIX, settings
 
 
 def test_a_value_is_read_when_asked_for_and_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.delenv("NVFP4DSL_CACHE_DIR", raising=False)
     before = settings.cache_dir
     monkeypatch.setenv("NVFP4DSL_CACHE_DIR", str(tmp_path))
     assert settings.cache_dir == tmp_path
