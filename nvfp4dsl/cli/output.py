@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nvfp4dsl.config import FLOAT_BYTES, TILES
@@ -60,7 +61,7 @@ def show(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), plain(value))
+        table.add_row(name.replace("_", " "), escape(plain(value)))
     console = Console()
     if title:
         console.print(title, style="bold")
@@ -73,7 +74,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]], title: str, console: Console | 
     for name in rows[0] if rows else ():
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(plain(value) for value in row.values()))
+        table.add_row(*(escape(plain(value)) for value in row.values()))
     console = console or Console()
     console.print(title, style="bold")
     console.print(table)

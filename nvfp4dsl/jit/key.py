@@ -109,8 +109,8 @@ def closure(roots: Mapping[str, Path] = ROOTS) -> dict[str, str]:
 
 
 def observed() -> patches.Observation:
-    """Which defects the installed DSL has, as a compiler process would find them. Probing takes about a second and a
-    process of its own, so what it found is kept below the cache folder for as long as the installation stays the same."""
+    """Which defects the installed DSL has, as a compiler process would find them. Probing takes a process of its own
+    and about a second, so what it found is kept below the cache folder as long as the installation stays the same."""
     return _observed(settings.cache_dir / "probes")
 
 

@@ -29,13 +29,9 @@ class Environment:
             return []
         return [self.site / "nvidia_cutlass_dsl" / "python_packages", self.site]
 
-    @property
-    def ptxas(self) -> Path:
-        return next(self.site.glob("nvidia/*/bin/ptxas"))
-
     def run(self, script: Path, *arguments: object, before: tuple[object, ...] = (), **variables: str) -> dict:
-        """What ``script`` prints as its last line, a JSON value. No variable of the DSL's own reaches it but those given;
-        ``before`` are import paths."""
+        """What ``script`` prints as its last line, a JSON value. ``before`` are import paths. Of the DSL's own
+        variables it sees only those given."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUTE_DSL_", "PYTHONPATH"))}
         environment |= {"PYTHONPATH": os.pathsep.join(map(str, before)), **variables}
         done = subprocess.run(
@@ -46,8 +42,8 @@ class Environment:
 
 
 def environment(release: str, flavour: str) -> Environment:
-    """The environment with ``release`` (``"pinned"``: the one these tests run in) in ``flavour``: ``cu12``, ``cu13``, or
-    ``cu12-over-cu13``, where the CUDA 12 files were installed again over those of the extra."""
+    """The environment with ``release`` (``"pinned"``: the one these tests run in) in ``flavour``: ``cu12``, ``cu13``,
+    or ``cu12-over-cu13``, where the CUDA 12 files were installed again over those of the extra."""
     if release == "pinned":
         return Environment(sys.executable)
     FOLDER.mkdir(exist_ok=True)
@@ -59,11 +55,19 @@ def environment(release: str, flavour: str) -> Environment:
             _pip(folder, f"nvidia-cutlass-dsl{extra}=={release}")
             if flavour == "cu12-over-cu13":
                 _pip(folder, "--force-reinstall", "--no-deps", f"nvidia-cutlass-dsl-libs-base=={release}")
-            if flavour == "cu13":
-                _pip(folder, "--no-deps", PTXAS)
             (folder / "complete").touch()
     (site,) = folder.glob("lib/python*/site-packages")
     return Environment(str(folder / "bin" / "python"), site)
+
+
+def ptxas() -> Path:
+    """The CUDA toolkit's own assembler."""
+    FOLDER.mkdir(exist_ok=True)
+    folder = FOLDER / "ptxas"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _pip(Path(sys.prefix), "--no-deps", "--target", str(folder), PTXAS)
+    return next(folder.glob("nvidia/*/bin/ptxas"))
 
 
 def _pip(folder: Path, *arguments: str) -> None:

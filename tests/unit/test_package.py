@@ -24,32 +24,3 @@ def test_demo_weight_is_the_real_matrix() -> None:
     assert str(weight.dtype) == "torch.bfloat16"
     # An encoder's weights, not zeros or noise of another scale.
     assert 0.08 < weight.float().std().item() < 0.085
-
-
-def test_patches_apply_and_revert(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvfp4dsl import patches
-
-    class Defect:
-        name = "defect"
-        mended = 0
-
-        def needed(self) -> bool:
-            return not self.mended
-
-        def apply(self) -> None:
-            self.mended += 1
-
-        def revert(self) -> None:
-            self.mended -= 1
-
-    assert patches.active() == []
-    defect = Defect()
-    monkeypatch.setattr(patches, "PATCHES", (defect,))
-    assert patches.status() == {"defect": "needed"}
-    assert patches.apply() == ["defect"]
-    assert patches.apply() == ["defect"]
-    assert defect.mended == 1
-    assert patches.status() == {"defect": "applied"}
-    patches.revert()
-    assert defect.mended == 0
-    assert patches.active() == []
