@@ -80,5 +80,5 @@ def compile_one_mma() -> str:
     try:
         return compiled()
     except Exception:
-        # CUDA 13 builds up to 4.4.2 look for a driver once per process, and where there is none stop that compilation.
+        # 4.4.2 looks for a driver once per process, and where there is none that compilation stops.
         return compiled()

@@ -12,7 +12,7 @@ from nvfp4dsl.errors import CompileError
 
 
 def compiled(target, attempts=2):
-    """Twice, because a CUDA 13 build of 4.4.2 looks for a driver once per process and gives up where there is none."""
+    """Twice, because 4.4.2 looks for a driver once per process, and where there is none that compilation stops."""
     try:
         kernel = jit.compile(GemmSpec(), TileConfig(), target, builder="mma_kernel:build")
     except CompileError as error:

@@ -156,6 +156,24 @@ def test_copied_alone_it_explains_itself(tmp_path):
     assert {row["name"]: row["state"] for row in report["patches"]} == {ALLOWLIST: "needed", LOWERING: "not needed"}
 
 
+def test_the_page_for_users_says_what_happens(tmp_path):
+    page = (HERE.parents[1] / "docs" / "patches.md").read_text()
+    blocks = {
+        kind: "\n".join(re.findall(rf"<!-- tested: {kind} -->\n```\w*\n(.*?)```", page, re.DOTALL))
+        for kind in ("python", "output")
+    }
+    shutil.copytree(HERE.parents[1] / "patches", tmp_path / "patches")
+    done = subprocess.run(
+        [environment("4.4.2", "cu13").python, "-c", blocks["python"]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"CUTE_DSL_ARCH": "sm_121a", "CUTE_DSL_DUMP_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == blocks["output"].split()
+
+
 # --- the whole project on an old release ---
 
 
