@@ -271,6 +271,39 @@ def test_undoing_over_somebody_elses_patch_is_refused():
     assert issubclass(PatchError, RuntimeError)
 
 
+GOOD = "\tmma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 {..."
+ALSO_GOOD = "\tmma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3 {..."
+REJECTED = RuntimeError(
+    "\x1b[1mICE\x1b[0m\n NVPTX compiler invocation failed, error log: ptxas application ptx input, line 28; error   : "
+    "Unexpected instruction types specified for '_mma'\n  ptxas fatal"
+)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "found", "unknown"),
+    [
+        (GOOD, None, None),
+        (ALSO_GOOD, None, None),
+        ("\tmma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale ...", "its PTX has no mma.sync", None),
+        ("\t_mma.block_scale.kind::mxf4nvf4 ...", "its PTX has no mma.sync", None),
+        (REJECTED, "ptxas says: Unexpected instruction types specified for '_mma'.", None),
+        # Not this defect: a release that moved something must not be refused.
+        (AttributeError("module 'cutlass.cute' has no attribute 'make_rmem_tensor'"), None, "AttributeError: module"),
+        (RuntimeError("\n\x1b[91mno driver\x1b[0m\n"), None, "RuntimeError: no driver"),
+    ],
+)
+def test_what_counts_as_a_wrong_lowering(monkeypatch, outcome, found, unknown):
+    def compile_one_mma():
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(patches.block_scale_lowering, "compile_one_mma", compile_one_mma)
+    for said, expected in zip(patches.probe(patches.block_scale_lowering), (found, unknown), strict=True):
+        assert (said or "").startswith(expected or "")
+        assert (said is None) == (expected is None)
+
+
 # --- the probing process ---
 
 
