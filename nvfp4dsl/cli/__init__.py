@@ -6,6 +6,7 @@ import logging
 
 import click
 
+from nvfp4dsl.cli.bench import bench
 from nvfp4dsl.cli.cache import cache
 from nvfp4dsl.cli.demo import demo
 from nvfp4dsl.cli.doctor import doctor
@@ -22,5 +23,5 @@ def main(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
 
 
-for command in (doctor, demo, compile_, emulate, cache, patches):
+for command in (doctor, demo, bench, compile_, emulate, cache, patches):
     main.add_command(command)

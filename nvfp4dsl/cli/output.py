@@ -16,11 +16,11 @@ from nvfp4dsl.config import FLOAT_BYTES, TILES
 from nvfp4dsl.errors import NVFP4Error
 from nvfp4dsl.targets import TARGETS
 
-_JSON = "nvfp4dsl.json"
+JSON_META = "nvfp4dsl.json"
 
 
 def _remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
-    ctx.meta[_JSON] = value  # meta is shared with the group, which prints errors
+    ctx.meta[JSON_META] = value  # meta is shared with the group, which prints errors
     return value
 
 
@@ -45,7 +45,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except NVFP4Error as error:
-            if ctx.meta.get(_JSON):
+            if ctx.meta.get(JSON_META):
                 click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
             else:
                 click.echo(f"{type(error).__name__}: {error}", err=True)

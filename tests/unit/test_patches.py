@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from nvfp4dsl.patches import Observation, PatchError, RefusedError
 
 from nvfp4dsl import patches
 from nvfp4dsl.cli import main
 from nvfp4dsl.config import GemmSpec, TileConfig
 from nvfp4dsl.errors import CompileError
 from nvfp4dsl.jit import compiler, key
+from nvfp4dsl.patches import Observation, PatchError, RefusedError
 
 FOLDER = Path(patches.__file__).parent
 ALLOWLIST, LOWERING = "sm121-allowlist", "sm12x-block-scale-lowering"

@@ -1,0 +1,34 @@
+"""This package's own ``linear``, through its public interface."""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4dsl import ops
+from nvfp4dsl.autotune.measure import MissingPeerError
+from nvfp4dsl.autotune.peers.problem import LinearPeer
+from nvfp4dsl.dispatch import site
+from nvfp4dsl.errors import TargetError
+from nvfp4dsl.formats import NVFP4Tensor
+from nvfp4dsl.packing import prepare
+
+
+class Ours(LinearPeer):
+    """``nvfp4dsl.linear`` in mode bf16 (W4A16)."""
+
+    name = "nvfp4dsl"
+    package = "nvfp4dsl"
+
+    def prepare(self, weight: NVFP4Tensor) -> NVFP4Tensor:
+        target = site(weight.device)
+        assert target is not None  # the weight is on a CUDA device
+        try:
+            return prepare(weight, target.name)
+        except TargetError as error:
+            raise MissingPeerError(str(error)) from error
+
+    def call(self, x: torch.Tensor, prepared: NVFP4Tensor) -> torch.Tensor:
+        try:
+            return ops.linear(x, prepared)
+        except TargetError as error:
+            raise MissingPeerError(str(error)) from error
