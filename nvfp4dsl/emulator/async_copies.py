@@ -25,7 +25,8 @@ class Operation:
     """One copy in flight.
 
     ``knowledge`` is what happened before its issue; ``event`` numbers it within its agents; ``steps`` are what it still
-    has to do. A store's first step reads its source: ``read_done`` from then on.
+    has to do, once ``after`` is done. A store's first step reads its source: ``read_done`` from then on. Faults call it
+    ``subject``.
     """
 
     cta: int
@@ -38,6 +39,8 @@ class Operation:
     steps: list[Callable[[Operation], None]] = field(default_factory=list)
     is_load: bool = True
     read_done: bool = False
+    after: Operation | None = None
+    subject: str = "the asynchronous copy"
 
     @property
     def done(self) -> bool:
@@ -76,7 +79,7 @@ class AsyncCopies:
         cta = warp // self.clocks.warps_per_cta
         knowledge = self.clocks.release(warp)
         agent, event = self.clocks.load_agent(cta, knowledge)
-        return self._issue(Operation(cta, warp, pc, knowledge, agent, agent, event, steps))
+        return self.begin(Operation(cta, warp, pc, knowledge, agent, agent, event, steps))
 
     def store(self, warp: int, lanes: list[int], pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
         """Issue a copy out of shared memory by ``lanes`` together; it joins the open bulk group of each."""
@@ -92,9 +95,10 @@ class AsyncCopies:
         )
         for lane in lanes:
             self.threads[warp, lane].open.append(operation)
-        return self._issue(operation)
+        return self.begin(operation)
 
-    def _issue(self, operation: Operation) -> Operation:
+    def begin(self, operation: Operation) -> Operation:
+        """Count an operation among those in flight."""
         self.in_flight.append(operation)
         self.count += 1
         self.on_change()
@@ -102,12 +106,13 @@ class AsyncCopies:
 
     def advance(self, rng: np.random.Generator) -> Operation:
         """Let one copy, chosen at random, do its next step."""
-        index = int(rng.integers(len(self.in_flight)))
-        self.current = operation = self.in_flight[index]
+        free = [o for o in self.in_flight if o.after is None or o.after.done]
+        self.current = operation = free[int(rng.integers(len(free)))]
         step = operation.steps.pop(0)
         operation.read_done = True
         if operation.done:
-            self.in_flight.pop(index)
+            self.in_flight.remove(operation)
+            operation.after = None
         self.on_change()
         step(operation)
         return operation

@@ -1,8 +1,8 @@
 """Happens-before, as vector clocks: who is ordered after whom within one CTA.
 
 An *agent* is a warp, the stream of bulk stores of one thread (twice: its reads of shared memory, its writes of global
-memory), or an asynchronous load in flight. Lanes of one warp are one agent: an unordered exchange between them is not
-found. CTAs share nothing that orders them.
+memory), an asynchronous load in flight, or the ``wgmma`` operations of a warpgroup. Lanes of one warp are one agent: an
+unordered exchange between them is not found. CTAs share nothing that orders them.
 
 ``happened[w, a]`` is the newest event of agent ``a`` that happened before what warp ``w`` does next; ``fenced[w, a]``
 the newest that is, besides, visible to the asynchronous proxy because a proxy fence lies on the way. A release copies
@@ -31,6 +31,14 @@ class Knowledge:
         """Take the maximum; rows may differ in length, for agents appear over time."""
         self.happened = _maximum(self.happened, other.happened)
         self.fenced = _maximum(self.fenced, other.fenced)
+
+    def common(self, other: Knowledge) -> Knowledge:
+        """What both know."""
+        size = min(self.happened.size, other.happened.size), min(self.fenced.size, other.fenced.size)
+        return Knowledge(
+            np.minimum(self.happened[: size[0]], other.happened[: size[0]]),
+            np.minimum(self.fenced[: size[1]], other.fenced[: size[1]]),
+        )
 
     def knows(self, agent: int, event: int) -> bool:
         """Whether that event happened before."""

@@ -78,6 +78,14 @@ class DivergentSync(Fault):
     """A warp-synchronous instruction was reached by only some of the lanes that it names."""
 
 
+class MissingWgmmaFence(Fault):
+    """No ``wgmma.fence`` lies between an access to registers and the ``wgmma`` that uses them."""
+
+
+class UnfinishedWgmma(Fault):
+    """Registers of a ``wgmma`` are touched, or its thread ends, before ``wgmma.wait_group`` has waited for it."""
+
+
 class RegisterBudget(Fault):
     """``setmaxnreg`` asks for a count that is not allowed, or was not executed by the whole warpgroup."""
 
@@ -103,6 +111,10 @@ class ReadOnlyStore(Fault):
 
 class TensormapMisuse(Fault):
     """A TMA descriptor, or the request that uses it, breaks a rule of the hardware."""
+
+
+class DescriptorMisuse(Fault):
+    """The descriptor of a ``wgmma`` matrix breaks a rule of the hardware, or is not known here."""
 
 
 # --- order

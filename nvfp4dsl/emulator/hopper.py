@@ -1,4 +1,4 @@
-"""Executes a captured launch of an sm_12x kernel on a Hopper GPU, with only its block-scaled MMA substituted.
+"""Executes a captured launch on a Hopper GPU: PTX for sm_90a as it is, sm_12x with its block-scaled MMA substituted.
 
     python -m nvfp4dsl.emulator.hopper PTX LAUNCH [--out FILE] [--json]
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from nvfp4dsl.emulator.launch import Buffer, Launch
 from nvfp4dsl.emulator.ptx import Parameter, parse
-from nvfp4dsl.emulator.substitute import substitute
+from nvfp4dsl.emulator.substitute import TARGET, substitute
 from nvfp4dsl.errors import LaunchError, NVFP4Error, TargetError
 
 CAPABILITY = (9, 0)
@@ -53,8 +53,8 @@ class HopperReport:
     Attributes:
         device: its name.
         kernel: the PTX entry.
-        registers: a thread's, in the substituted kernel.
-        seconds: the launch with synchronisation, host clock; not a measure of speed, the substitute is slow.
+        registers: a thread's, in the kernel that ran.
+        seconds: the launch with synchronisation, host clock; not a measure of speed.
     """
 
     device: str
@@ -64,19 +64,21 @@ class HopperReport:
 
 
 def run(ptx: str, launch: Launch, *, device: int = 0) -> HopperReport:
-    """Substitute, assemble, launch and wait. Writable buffers of ``launch`` receive what the kernel stored.
+    """Substitute where need be, assemble, launch and wait. Writable buffers receive what the kernel stored.
 
     Raises:
         TargetError: no Hopper GPU, or PTX that cannot be substituted.
         LaunchError: the driver refused something, the kernel hung, or it stored outside its buffers or into read-only
             ones. A process whose kernel hung cannot use the device again: end it.
     """
-    text = substitute(ptx)
+    text = ptx.rstrip("\0")
+    if not all(kernel.target == TARGET for kernel in parse(text).values()):
+        text = substitute(text)
     entries = parse(text)
     if launch.kernel not in entries:
         raise LaunchError(f"the PTX has no entry {launch.kernel!r}; it has {', '.join(entries)}")
     if launch.cluster != (1, 1, 1):
-        raise LaunchError(f"the launch has clusters of {launch.cluster}; kernels for sm_12x have none")
+        raise LaunchError(f"the launch has clusters of {launch.cluster}; only launches without clusters are made here")
     with _Driver(device) as driver:
         addresses = {buffer.name: driver.upload(buffer) for buffer in launch.buffers}
         params = relocate(entries[launch.kernel].params, launch, addresses)

@@ -33,6 +33,7 @@ from nvfp4dsl.emulator.report import Report
 from nvfp4dsl.emulator.specials import special_registers, symbols_of
 from nvfp4dsl.emulator.syntax import Instruction, Kernel
 from nvfp4dsl.emulator.tensorcore import TensorCore
+from nvfp4dsl.emulator.warpgroups import Warpgroups
 from nvfp4dsl.emulator.warps import BLOCKED, EXITED, LANES, NOWHERE, PARKED, Group, WarpTable
 
 REGISTER_FILE = 65536
@@ -94,6 +95,7 @@ class Machine:
         self.registers = RegisterFile(kernel, self.warp_count, symbols, special_registers(launch, ctas, first_cta))
         self.tensor = TensorCore(self.registers)
         self.warps = WarpTable(self.warp_count, threads - (self.warps_per_cta - 1) * LANES, self.warps_per_cta)
+        self.warpgroups = Warpgroups(self, kernel.instructions)
         self.program = isa.compile_program(self, kernel.instructions)
         self.executed = np.zeros(len(self.program), np.int64)
 
@@ -201,6 +203,10 @@ class Machine:
         self.report.steps += 1
         if self.tensor.pending and not step.touched.isdisjoint(self.tensor.pending):
             self.tensor.flush()
+        if group.pc in self.warpgroups.watched:
+            active = step.active(group)
+            if active is not None:
+                self.warpgroups.access(active)
         return step.execute(self, group)
 
     def _gather(self, step: isa.Step, group: Group) -> bool:
@@ -280,6 +286,7 @@ class Machine:
         for row in group.rows():
             try:
                 self.copies.threads_exit(int(group.warps[row]), np.flatnonzero(group.mask[row]).tolist())
+                self.warpgroups.threads_exit(int(group.warps[row]))
             except Fault as fault:
                 self.tolerated(fault, group.pc)
         self.warps.set_state(group, group.mask, EXITED)

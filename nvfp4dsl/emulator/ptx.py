@@ -33,6 +33,7 @@ __all__ = ["Address", "Immediate", "Instruction", "Kernel", "Parameter", "Regist
 _LABEL = re.compile(r"\s*([\w$]+)\s*:(?!:)")
 _GUARD = re.compile(r"@(!?)([%\w$]+)\s+")
 _ENTRY = re.compile(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
+_TARGET = re.compile(r"^\s*\.target\s+(\w+)", re.M)
 _VARIABLE = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*((?:\[\s*\d*\s*\])*)\s*;")
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?(?:\.align\s+\d+\s+)?)?([\w$]+)\s*(?:\[(\d+)\])?"
@@ -44,9 +45,12 @@ def parse(text: str) -> dict[str, Kernel]:
     text = _blank_comments(text.rstrip("\0"))
     kernels = {}
     module_scope = text
+    target = _TARGET.search(text)
     for match in _ENTRY.finditer(text):
         end = _closing_brace(text, match.end() - 1)
-        kernel = Kernel(match[1], _parameters(match[2] or ""), _directives(match[3]))
+        kernel = Kernel(
+            match[1], _parameters(match[2] or ""), _directives(match[3]), target=target[1] if target else ""
+        )
         _Body(kernel, text, match.end(), end).parse()
         kernels[kernel.name] = kernel
         module_scope = module_scope.replace(text[match.end() : end], "")

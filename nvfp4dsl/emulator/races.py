@@ -89,20 +89,22 @@ class Shadow:
         happened = np.pad(knowledge.happened, (0, size - knowledge.happened.size))[agents]
         fenced = np.pad(knowledge.fenced, (0, size - knowledge.fenced.size))[agents]
         event = self.written[flat] >> PC_BITS
-        self._require_after_write(flat, event <= happened, None, verb)
+        self._require_after_write(flat, event <= happened, None, verb, operation.subject)
         unfenced = (agents < self.clocks.warps_per_cta) & (event > fenced)
         if unfenced.any():
             at = flat[np.argmax(unfenced)]
             raise MissingProxyFence(
-                f"the asynchronous copy {verb} shared address {at % self.span:#x}, which {self._last_write(at)} wrote "
+                f"{operation.subject} {verb} shared address {at % self.span:#x}, which {self._last_write(at)} wrote "
                 "through the generic proxy; no fence.proxy.async lies between the two"
             )
 
-    def _require_after_write(self, flat: np.ndarray, ordered: np.ndarray, warps: np.ndarray | None, verb: str) -> None:
+    def _require_after_write(
+        self, flat: np.ndarray, ordered: np.ndarray, warps: np.ndarray | None, verb: str, operation: str = ""
+    ) -> None:
         if not ordered.all():
             first = np.unravel_index(np.argmin(ordered), ordered.shape)
             at = int(flat[first])
-            subject = "the asynchronous copy" if warps is None else self._warp_name(warps[first[0]])
+            subject = operation if warps is None else self._warp_name(warps[first[0]])
             raise DataRace(
                 f"{subject} {verb} shared address {at % self.span:#x}, which {self._last_write(at)} wrote; "
                 "nothing orders the two",

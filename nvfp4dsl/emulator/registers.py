@@ -172,7 +172,6 @@ WITHOUT_RESULT = frozenset(
         "applypriority",
         "prefetchu",
         "tcgen05",
-        "wgmma",
         "brkpt",
         "pmevent",
     ]

@@ -122,7 +122,7 @@ class Variable:
 
 @dataclass
 class Kernel:
-    """One entry function, ready to be executed."""
+    """One entry function, ready to be executed. ``target`` is the module's, ``"sm_90a"`` for instance."""
 
     name: str
     params: list[Parameter] = field(default_factory=list)
@@ -130,3 +130,4 @@ class Kernel:
     registers: dict[int, int] = field(default_factory=lambda: {1: 0, 16: 0, 32: 0, 64: 0})
     shared: list[Variable] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
+    target: str = ""

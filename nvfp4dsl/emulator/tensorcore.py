@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nvfp4dsl.emulator.half_dot import dot16
 from nvfp4dsl.emulator.registers import RegisterFile
 from nvfp4dsl.mma_model import omma_k64
 
@@ -108,30 +109,25 @@ def column_scale_words(word: np.ndarray, thread: np.ndarray) -> np.ndarray:
     return np.take_along_axis(word, 4 * np.arange(8) + thread[:, None].astype(np.int64), axis=1)
 
 
-def _half_fragments(words: np.ndarray, rows: int) -> np.ndarray:
-    """Fragment registers [w, n, 32] of m16n8k16 to 16-bit elements [w, rows, 16]."""
+def half_fragments(words: np.ndarray, rows: int) -> np.ndarray:
+    """Fragment registers [w, n, 32] of m16n8k8 or m16n8k16 to 16-bit elements [w, rows, K]."""
     halves = np.ascontiguousarray(words)[..., None].view(np.uint16)  # [w, n, 32, 2]
-    matrix = np.empty((words.shape[0], rows, 8, 2), np.uint16)
     count = rows // 8
+    columns = words.shape[1] // count
+    matrix = np.empty((words.shape[0], rows, 4 * columns, 2), np.uint16)
     for n in range(words.shape[1]):
         matrix[:, _G + 8 * (n % count), _T + 4 * (n // count)] = halves[:, n]
-    return matrix.reshape(words.shape[0], rows, 16)
+    return matrix.reshape(words.shape[0], rows, 8 * columns)
 
 
-def _half_mma(dtype: torch.dtype, name: str) -> Callable:
+def _half_mma(dtype: torch.dtype) -> Callable:
     def evaluate(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        from mmasim.nv_ptx.sim import MMA
-
-        mma = MMA("RTX Blackwell", f"m16n8k16.f32.{name}.{name}.f32")
-        as_half = lambda w, rows: torch.from_numpy(_half_fragments(w, rows).view(np.int16)).view(dtype)  # noqa: E731
-        x, y = as_half(a, 16), as_half(b, 8)
-        shape = (x.shape[0], 16, 8, 16)
-        d = mma.dpa(x[:, :, None].expand(shape), y[:, None].expand(shape), torch.from_numpy(accumulators(c)))
-        return accumulator_registers(d.numpy())
+        as_half = lambda w, rows: torch.from_numpy(half_fragments(w, rows).view(np.int16)).view(dtype)  # noqa: E731
+        return accumulator_registers(dot16(as_half(a, 16), as_half(b, 8), torch.from_numpy(accumulators(c))).numpy())
 
     return evaluate
 
 
-mma_f16 = _half_mma(torch.float16, "f16")
-mma_bf16 = _half_mma(torch.bfloat16, "bf16")
-"""m16n8k16 with f32 accumulators, as mmasim computes it: a [w, 4, 32], b [w, 2, 32], c [w, 4, 32]."""
+mma_f16 = _half_mma(torch.float16)
+mma_bf16 = _half_mma(torch.bfloat16)
+"""m16n8k16 with f32 accumulators: a [w, 4, 32], b [w, 2, 32], c [w, 4, 32]; m16n8k8 with half of each operand."""

@@ -21,6 +21,7 @@ for _family in (
     "packed",
     "sync",
     "warp",
+    "wgmma",
 ):
     importlib.import_module(f"{__name__}.{_family}")  # fills the table
 

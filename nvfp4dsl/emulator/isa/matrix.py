@@ -1,6 +1,8 @@
-"""``mma.sync``: block-scaled m16n8k64 on e2m1, and m16n8k16 on f16 and bf16, with f32 accumulators."""
+"""``mma.sync``: block-scaled m16n8k64 on e2m1, m16n8k8 and m16n8k16 on f16 and bf16, with f32 accumulators."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 
@@ -60,11 +62,17 @@ def block_scaled(t: Translator, i: Instruction):
     return run
 
 
-@instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32")
+@instruction(r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32")
 def half(t: Translator, i: Instruction):
+    target = t.machine.kernel.target
+    if int(re.sub(r"\D", "", target) or 0) < 90:
+        raise UnknownInstruction(
+            f"the arithmetic of {target or 'a module without .target'} is not known, only sm_90 on"
+        )
     d, a, b, c = i.operands
     results = _results(d)
-    fragments = _vector(t, a, 4), _vector(t, b, 2), _vector(t, c, 4)
+    words = 2 if "m16n8k16" in i.parts else 1
+    fragments = _vector(t, a, 2 * words), _vector(t, b, words), _vector(t, c, 4)
     kind = tensorcore.mma_f16 if "f16" in i.parts else tensorcore.mma_bf16
     core = t.machine.tensor
     return lambda g: core.enqueue(kind, tuple(_stack(f, g) for f in fragments), g.warps, results)

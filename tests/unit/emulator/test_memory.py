@@ -117,8 +117,8 @@ def test_a_store_that_two_ctas_make():
 
 
 def test_programs_that_are_refused():
-    with pytest.raises(UnknownInstruction, match=r"frobnicate\.b32.*wgmma\.fence") as caught:
-        execute("frobnicate.b32 %r1, %r0; wgmma.fence.sync.aligned;")
+    with pytest.raises(UnknownInstruction, match=r"frobnicate\.b32.*tcgen05\.fence") as caught:
+        execute("frobnicate.b32 %r1, %r0; tcgen05.fence::before_thread_sync;")
     assert "nothing was executed" in str(caught.value)
     with pytest.raises(UnwrittenRegister, match="%r55"):
         execute("add.s32 %r1, %r55, 1;")
