@@ -93,16 +93,18 @@ def linear(
     *,
     rounds: int = measure.ROUNDS,
     timed: bool = True,
+    commit: str | None = None,
     done: Callable[[Run], None] = lambda run: None,
 ) -> Run:
-    """Compares ``peers`` on each N x K with each M. ``done`` is called with what there is after each point.
+    """Compares ``peers`` on each N x K with each M. ``done`` is called with what there is after each point;
+    ``rounds``, ``timed`` and ``commit`` are :func:`measure.compare`'s and :func:`measure.provenance`'s.
 
     Raises:
         TargetError: there is no CUDA device.
         OperandError: K is not a multiple of 16.
     """
     measure.require_device()
-    run = Run(measure.provenance(peer.package for peer in peers if peer.package))
+    run = Run(measure.provenance((peer.package for peer in peers if peer.package), commit))
     for n, k in nks:
         weights = Weights(n, k, measure.rotation(weight_bytes(n, k), measure.l2_bytes()))
         for m in ms:

@@ -19,6 +19,8 @@ import math
 import platform
 import statistics
 import subprocess
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,8 +39,10 @@ Call = Callable[[], "torch.Tensor | None"]
 OK, WRONG, MISSING, FAILED = "ok", "wrong", "missing", "failed"
 
 ROUNDS = 15
+DIRTY = "-dirty"
 GRAPH_US = 1500.0  # long enough for the start of a graph, some microseconds, to be lost in it
 MIN_ROTATION = 2
+CYCLES_PER_US = 2000  # at most: what a multiprocessor counts while it sleeps
 
 
 class MissingPeerError(NVFP4Error, ImportError):
@@ -175,8 +179,12 @@ def compare(
 
     Raises:
         TargetError: there is no CUDA device.
+        ValueError: two peers have one name.
     """
     require_device()
+    peers = list(peers)
+    if len({peer.name for peer in peers}) != len(peers):
+        raise ValueError(f"peers need names of their own: {', '.join(peer.name for peer in peers)}")
     results: dict[str, Result] = {}
     chains: dict[str, Chain] = {}
     for peer in peers:
@@ -197,15 +205,20 @@ def compare(
 
 def _enter(peer: Peer[Problem], problem: Problem, graph_us: float) -> Result | tuple[Chain, float]:
     """The peer's chain and the error of what it computes; or what kept it from having one."""
+    start = time.perf_counter()
     try:
         chain = Chain(peer.setup(problem), graph_us)
-        return chain, peer.check(problem, chain.run_poisoned())
+        error = peer.check(problem, chain.run_poisoned())
+        log.info("%s on %s: error %.3g, ready in %.2f s", peer.name, problem, error, time.perf_counter() - start)
+        return chain, error
     except MissingPeerError as error:
         return Result(MISSING, message=str(error))
     except WrongResultError as error:
         return Result(WRONG, error.error, message=str(error))
     except Exception as error:
-        return Result(FAILED, message=f"{type(error).__name__}: {error}")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        return Result(FAILED, message=f"{type(error).__name__}: {error} ({where})")
 
 
 class Chain:
@@ -221,9 +234,13 @@ class Chain:
             for call in calls:  # compiles, loads and allocates what must not be captured
                 call()
         stream.synchronize()
+        self._head_start_us = 0.0
         self._capture(calls, passes=1)
-        if graph_us > 0 and (passes := math.ceil(graph_us / max(self._once_us(), 1.0))) > 1:
-            self._capture(calls, passes)
+        if graph_us > 0:
+            self._graph.replay()
+            if (passes := math.ceil(graph_us / (self.enqueue()() * self.calls))) > 1:
+                self._capture(calls, passes)
+            self._measure_host()
 
     def _capture(self, calls: Sequence[Call], passes: int) -> None:
         """An output lives until its set's next turn, so memory holds one pass however long the chain."""
@@ -236,13 +253,22 @@ class Chain:
                     self._outputs[index] = None
                     self._outputs[index] = call()
 
-    def _once_us(self) -> float:
+    def _measure_host(self) -> None:
+        """How long the host takes to launch the graph. A graph of several hundred kernels takes it longer than the
+        device takes to run them, and a device that waits for the host must not be timed."""
+        torch.cuda.synchronize()
+        self._graph.replay()  # the first launch uploads it
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         self._graph.replay()
-        return self.enqueue()() * self.calls
+        self._head_start_us = 1.5e6 * (time.perf_counter() - start) + 50
+        torch.cuda.synchronize()
 
     def enqueue(self) -> Callable[[], float]:
-        """Replays the graph once. The function returned waits for it and gives microseconds a call."""
+        """Replays the graph once, when the device has slept for as long as the host needs to launch it. The function
+        returned waits for it and gives microseconds a call."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(self._head_start_us * CYCLES_PER_US))
         start.record()
         self._graph.replay()
         end.record()
@@ -264,8 +290,8 @@ class Chain:
 
 
 def _time(chains: dict[str, Chain], rounds: int) -> dict[str, list[float]]:
-    """Microseconds a call of each round. All of it is enqueued before anything is waited for, so that the device never
-    waits for the host; the first round warms up and does not count."""
+    """Microseconds a call of each round. All of it is enqueued before anything is waited for; a first round warms up
+    and does not count."""
     names = list(chains)
     waits: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
     for name in names:
@@ -288,8 +314,14 @@ def l2_bytes() -> int:
     return torch.cuda.get_device_properties().L2_cache_size
 
 
-def provenance(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Where figures come from: device, driver, versions (of ``packages`` too, None if missing), commit, time."""
+def provenance(packages: Iterable[str] = (), commit: str | None = None) -> dict[str, Any]:
+    """Where figures come from: device, driver, versions, commit, time.
+
+    Args:
+        packages: distributions whose versions belong to it; None where one is missing.
+        commit: as :func:`describe` would give it, for a copy of the sources that git knows nothing of.
+    """
+    described = commit or describe(Path(__file__).parent)
     device = torch.cuda.get_device_properties() if torch.cuda.is_available() else None
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -300,16 +332,17 @@ def provenance(packages: Iterable[str] = ()) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **jit.toolchain(),
+        "toolchain": jit.toolchain(),
         "packages": {name: _version(name) for name in packages},
-        **commit(Path(__file__).parent),
+        "commit": described and described.removesuffix(DIRTY),
+        "dirty": described and described.endswith(DIRTY),
     }
 
 
-def commit(folder: Path) -> dict[str, Any]:
-    """The commit checked out in ``folder`` and whether files under git differ from it; None where git cannot say."""
-    head = _line("git", "-C", str(folder), "rev-parse", "HEAD")
-    return {"commit": head, "dirty": head and bool(_line("git", "-C", str(folder), "status", "--porcelain", "-uno"))}
+def describe(folder: Path) -> str | None:
+    """The commit checked out in ``folder``, with ``-dirty`` if a tracked file differs from it; None if git cannot say.
+    ``git describe --always --dirty --abbrev=40 --exclude '*'`` prints the same."""
+    return _line("git", "-C", str(folder), "describe", "--always", f"--dirty={DIRTY}", "--abbrev=40", "--exclude", "*")
 
 
 def _version(distribution: str) -> str | None:

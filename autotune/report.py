@@ -100,7 +100,11 @@ def _where(point: Point) -> str:
 def caption(run: Run) -> str:
     """One line: the device, the versions that matter, the commit."""
     p = run.provenance
-    versions = {"torch": p.get("torch"), "nvidia-cutlass-dsl": p.get("nvidia-cutlass-dsl"), **p.get("packages", {})}
+    versions = {
+        "torch": p.get("torch"),
+        "nvidia-cutlass-dsl": p["toolchain"].get("nvidia-cutlass-dsl"),
+        **p.get("packages", {}),
+    }
     names = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     commit = f"commit {p['commit'][:12]}{' with changes' if p['dirty'] else ''}" if p.get("commit") else "no commit"
     return (
@@ -157,13 +161,14 @@ def picture(run: Run, path: Path) -> None:
     for axis, (n, k) in zip(axes, panels, strict=False):
         points = sorted((p for p in run.points if (p.n, p.k) == (n, k)), key=lambda p: p.m)
         intensity = [p.flops / p.bytes for p in points]
-        axis.plot(intensity, [min(bandwidth * i, peak) / 1e6 for i in intensity], "k--", label="roof")
+        corners = sorted({*intensity, min(max(peak / bandwidth, intensity[0]), intensity[-1])})
+        axis.plot(corners, [min(bandwidth * i, peak) / 1e6 for i in corners], "k--", label="roof")
         for name in names:
             if drawn := [(i, p.flops / us / 1e6) for i, p in zip(intensity, points, strict=True) if (us := p.us(name))]:
                 axis.plot(*zip(*drawn, strict=True), marker=".", label=name)
         axis.set(title=f"{n} x {k}", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
-    figure.supxlabel("FLOP / byte (M grows to the right)")
+        axis.set_xlabel("FLOP / byte")
     figure.supylabel("TFLOP/s")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))

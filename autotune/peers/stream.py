@@ -33,9 +33,13 @@ class ReaderSpec:
 
 @dataclass(frozen=True)
 class ReaderTile:
-    """Threads of a block, and 16-byte loads that a thread has in flight. Blocks fill the device exactly once."""
+    """Threads of a block, and 16-byte loads that a thread has in flight. Blocks fill the device exactly once.
 
-    threads: int = 256
+    The default was the best on an H200: 8.9 us for 33.0 MB, 2.0 us for 1.8 MB; with PDL 7.3 and 1.1, where blocks of
+    256 take 1.6 for the small one, and a single load in flight takes 9.5 for the large one without PDL.
+    """
+
+    threads: int = 512
     unroll: int = 4
 
 

@@ -68,6 +68,10 @@ PEERS = Listed("PEER", _peer, "stream,cublas,nvfp4dsl")
 @click.option("--rounds", default=measure.ROUNDS, show_default=True, help="Turns of each peer.")
 @click.option("--check", is_flag=True, help="Check results, which compiles all that is needed, and time nothing.")
 @click.option(
+    "--commit",
+    help="What `git describe --always --dirty --abbrev=40` says, where the sources are a copy that git does not know.",
+)
+@click.option(
     "--from",
     "source",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -95,6 +99,7 @@ def bench(
     peers: list[str],
     rounds: int,
     check: bool,
+    commit: str | None,
     source: Path | None,
     target: str | None,
     png: Path | None,
@@ -117,7 +122,7 @@ def bench(
     if source:
         run = benches.Run.load(source)
     else:
-        run = benches.linear(nk, m, select(peers), rounds=rounds, timed=not check, done=done)
+        run = benches.linear(nk, m, select(peers), rounds=rounds, timed=not check, commit=commit, done=done)
     if quiet:
         click.echo(json.dumps(run.as_json()))
     else:
