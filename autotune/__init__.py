@@ -1,5 +1,7 @@
-"""Finds the fastest legal tile for a spec on a device, and keeps the answer.
+"""Timing of kernels, and what is made of it.
 
-Nothing is tuned yet. This package will hold the space of legal tiles, the one timing module, the search, the database
-of results and the report. It fills the table that dispatch looks tiles up in; dispatch does not import it.
+``measure`` times a call, of whatever peers take part; ``peers`` are those of ``linear``; ``bench`` goes through a grid of
+shapes and keeps the results in a file; ``report`` makes tables and pictures of them. Nothing is tuned yet: the space of
+legal tiles, the search and the database of its results will be here too, and fill the table that dispatch looks tiles
+up in. Dispatch does not import this package.
 """
