@@ -251,7 +251,7 @@ def assert_identical(actual: NVFP4Tensor, expected: NVFP4Tensor) -> None:
 def _pair(actual: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {list(actual.shape)}, expected {list(expected.shape)}")
-    return actual.detach().double().cpu(), expected.detach().double().cpu()
+    return actual.detach().to(expected.device).double(), expected.detach().double()
 
 
 # Checks of layouts --------------------------------------------------------------------------------------------------
