@@ -9,8 +9,8 @@ width (16 bytes without swizzle); the next 8 rows are a *stride* offset away, an
 are a *stride* offset away and the rows that follow one swizzle width of rows a *leading* offset; without swizzle the
 two change places.
 
-The swizzle exchanges address bits as TMA's does: bits 4.. by XOR with bits 7... of the *address*, where base offset 0
-says that the pattern begins at a multiple of 256, 512 or 1024 bytes.
+The swizzle exchanges address bits as TMA's does: bits 4.. by XOR with bits 7.. of the *address*, less the base offset.
+That is 0 where the pattern begins at a multiple of 256, 512 or 1024 bytes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-
-from nvfp4dsl.emulator.faults import DescriptorMisuse
 
 CHUNK = 16
 """Bytes that stay together: 8 elements."""
@@ -52,13 +50,9 @@ class MatrixDescriptor:
             int64 [rows, 2] if K-major, chunk (r, c) holding k 8c..8c+7 of row r; else [16, rows / 8], chunk (k, c)
             holding rows 8c..8c+7 at k.
         """
-        if self.base_offset:
-            raise DescriptorMisuse(
-                f"{self}: base offset {self.base_offset}: only matrices whose swizzle pattern begins at a multiple of "
-                f"{8 * WIDTH[self.swizzle]} bytes are known here"
-            )
         linear = self.start + _chunk_offsets(self.leading, self.stride, self.swizzle, rows, mn_major)
-        return linear ^ (linear >> 3 & WIDTH[self.swizzle] - CHUNK)
+        phase = (linear >> 7) - self.base_offset
+        return linear ^ (phase << 4 & WIDTH[self.swizzle] - CHUNK)
 
 
 @lru_cache(maxsize=256)

@@ -115,7 +115,7 @@ class Warpgroups:
         return meeting
 
     def describe(self, meeting: _Meeting) -> str:
-        names = ", ".join(str(int(self.machine.clocks.own[w])) for w in meeting.warps)
+        names = ", ".join(str(int(self.machine.clocks.own[w])) for w in sorted(meeting.warps))
         return f"the rest of its warpgroup at a wgmma (arrived: warps {names})"
 
     def start(self, meeting: _Meeting, registers: Registers, steps: Sequence[Callable[[Operation], None]]) -> None:

@@ -17,17 +17,20 @@ REGISTERS = """
 """
 
 
-def kernel(body, params, block=32, maps=()):
+def kernel(body, params, block=32, maps=(), target="sm_120a"):
     """PTX whose entry takes one 64-bit address per name in ``params`` and a tensor map per name in ``maps``."""
+    header = HEADER.replace("sm_120a", target)
     declared = [f".param .b64 {name}" for name in params] + [f".param .align 64 .b8 {name}[128]" for name in maps]
     registers = "".join(f".reg .b64 %{name}; ld.param.b64 %{name}, [{name}];\n" for name in params)
     return (
-        f"{HEADER}.visible .entry k({', '.join(declared)})\n.reqntid {block}, 1, 1\n"
+        f"{header}.visible .entry k({', '.join(declared)})\n.reqntid {block}, 1, 1\n"
         f"{{{REGISTERS}{registers}\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
     )
 
 
-def prepare(body, arrays=None, *, outputs=None, block=32, grid=1, smem=4096, maps=None, initialised=False):
+def prepare(
+    body, arrays=None, *, outputs=None, block=32, grid=1, smem=4096, maps=None, initialised=False, target="sm_120a"
+):
     """(PTX, launch) of ``body``: ``arrays`` are read-only, ``outputs`` written (uninitialised, unless ``initialised``).
 
     ``maps`` gives 128-byte tensor maps, or functions that make one from the addresses.
@@ -45,10 +48,10 @@ def prepare(body, arrays=None, *, outputs=None, block=32, grid=1, smem=4096, map
     params = [struct.pack("<Q", a) for a in addresses.values()]
     params += [make(addresses) if callable(make) else make for make in maps.values()]
     launch = Launch("k", (grid, 1, 1), (block, 1, 1), (1, 1, 1), smem, params, buffers)
-    return kernel(body, list(addresses), block, list(maps)), launch
+    return kernel(body, list(addresses), block, list(maps), target), launch
 
 
-LAUNCH = ("block", "grid", "smem", "maps", "initialised")
+LAUNCH = ("block", "grid", "smem", "maps", "initialised", "target")
 
 
 def execute(body, arrays=None, *, outputs=None, **options):
