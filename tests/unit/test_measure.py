@@ -191,7 +191,7 @@ class Given(LinearPeer):
 
     def __init__(self, change=lambda w, number: w, name="given"):
         super().__init__()
-        self.name, self.change, self.numbers = change, itertools.count()
+        self.name, self.change, self.numbers = name, change, itertools.count()
 
     def prepare(self, weight):
         return self.change(reference.dequantize(weight, torch.float64), next(self.numbers))
