@@ -24,7 +24,7 @@ import numpy as np
 
 from nvfp4dsl.emulator.launch import Buffer, Launch
 from nvfp4dsl.emulator.ptx import Parameter, parse
-from nvfp4dsl.emulator.substitute import TARGET, substitute
+from nvfp4dsl.emulator.substitute import TARGET, retarget, substitute
 from nvfp4dsl.errors import LaunchError, NVFP4Error, TargetError
 
 CAPABILITY = (9, 0)
@@ -71,9 +71,7 @@ def run(ptx: str, launch: Launch, *, device: int = 0) -> HopperReport:
         LaunchError: the driver refused something, the kernel hung, or it stored outside its buffers or into read-only
             ones. A process whose kernel hung cannot use the device again: end it.
     """
-    text = ptx.rstrip("\0")
-    if not all(kernel.target == TARGET for kernel in parse(text).values()):
-        text = substitute(text)
+    text = retarget(ptx) if all(k.target == TARGET for k in parse(ptx).values()) else substitute(ptx)
     entries = parse(text)
     if launch.kernel not in entries:
         raise LaunchError(f"the PTX has no entry {launch.kernel!r}; it has {', '.join(entries)}")

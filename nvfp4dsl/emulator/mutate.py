@@ -21,7 +21,13 @@ from nvfp4dsl.emulator.syntax import Instruction, Pair, Register
 
 SYNCHRONISATION = frozenset({"bar", "barrier", "fence", "membar", "mbarrier"})
 """First parts of the opcodes that are deleted."""
-GROUPS = (("cp", "async", "bulk", "commit_group"), ("cp", "async", "bulk", "wait_group"))
+GROUPS = (
+    ("cp", "async", "bulk", "commit_group"),
+    ("cp", "async", "bulk", "wait_group"),
+    ("wgmma", "fence", "sync", "aligned"),
+    ("wgmma", "commit_group", "sync", "aligned"),
+    ("wgmma", "wait_group", "sync", "aligned"),
+)
 
 
 @dataclass(frozen=True)

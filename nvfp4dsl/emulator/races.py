@@ -54,6 +54,12 @@ class Shadow:
         self.written[flat] = (self.clocks.event(warps) << PC_BITS | pc)[:, None]
         self._require_after_write(flat, self.writer[flat] == agents, warps, "overwrites")  # warps of one instruction
 
+    def require_initialised(self, flat: np.ndarray, warps: np.ndarray) -> None:
+        """Something has written every byte."""
+        writer = self.writer[flat]
+        if not writer.all():
+            self._uninitialised(flat, writer, warps)
+
     # --- accesses by asynchronous operations: flat is 1-D
 
     def async_read(self, flat: np.ndarray, operation) -> None:

@@ -51,8 +51,12 @@ def substitute(ptx: str) -> str:
     blocks = iter([_block(omma) for omma in ommas])
     if len(_MMA.findall(ptx)) != len(ommas):
         raise TargetError("the PTX mentions a block-scaled MMA in a comment: remove the comment")
-    ptx = _MMA.sub(lambda _: next(blocks), ptx)
-    ptx = _SOURCE_TARGET.sub(rf"\g<1>{TARGET}", ptx)
+    return retarget(_MMA.sub(lambda _: next(blocks), ptx))
+
+
+def retarget(ptx: str) -> str:
+    """The same module with the target and an ISA version that every driver for Hopper with CUDA 12.9 or newer takes."""
+    ptx = _SOURCE_TARGET.sub(rf"\g<1>{TARGET}", ptx.rstrip("\0"))
     return _SOURCE_VERSION.sub(rf"\g<1>{PTX_VERSION}", ptx)
 
 

@@ -4,6 +4,7 @@ Prepare where there is time and CuTe DSL, compare where there is a Hopper GPU:
 
     python tests/gpu/against_h200.py prepare FOLDER     # PTX, launches, and what the emulator computes
     pytest tests/gpu/test_emulator_against_h200.py --prepared FOLDER
+    python tests/gpu/against_h200.py compare FOLDER     # or without pytest: differences as JSON, "" for none
 
 With ``CUTLASS_DIR`` set, NVIDIA's Hopper GEMM is among the kernels; nothing of it is kept here.
 """
@@ -13,12 +14,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+FOLDER = "against_h200"
+"""Where the files lie in a folder of prepared ones."""
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "unit" / "emulator"), str(TESTS / "emulated")]
 
@@ -148,6 +152,17 @@ def nvidia_cases(folder: Path) -> Iterator[Case]:
 # --- files, and the run on the GPU
 
 
+def prepare_all(folder: Path) -> None:
+    """Write every case; NVIDIA's if its source is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in CASES:
+        write(case, folder)
+    if os.environ.get("CUTLASS_DIR"):
+        with tempfile.TemporaryDirectory() as builds:
+            for case in nvidia_cases(Path(builds)):
+                write(case, folder)
+
+
 def write(case: Case, folder: Path) -> None:
     """PTX, and the launch with what the emulator computes as its expected contents."""
     ptx, launch = case.make()
@@ -197,16 +212,11 @@ def _difference(launch: Launch, name: str) -> str:
 
 
 def main(command: str, path: str, keep: str | None = None) -> None:
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    if command == "compare":
+    folder = Path(path) / FOLDER
+    if command == "prepare":
+        prepare_all(folder)
+    else:
         print(json.dumps(compare(folder, Path(keep) if keep else None), indent=1))
-        return
-    cases = list(CASES)
-    if os.environ.get("CUTLASS_DIR"):
-        cases += nvidia_cases(folder / "nvidia")
-    for case in cases:
-        write(case, folder)
 
 
 if __name__ == "__main__":

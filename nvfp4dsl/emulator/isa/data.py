@@ -1,7 +1,8 @@
 """Moves, loads, stores and atomics.
 
 A scope or an ordering on a load or store changes nothing here: order comes from barriers only, so a kernel that
-synchronises through flags in global memory is reported as a race. Atomics take no part in the race check.
+synchronises through flags in global memory is reported as a race. Atomics take no part in the race check, in global
+memory as in shared.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from nvfp4dsl.emulator.faults import OutOfBounds
+from nvfp4dsl.emulator.isa.rounding import flush
 from nvfp4dsl.emulator.isa.table import Translator, instruction
 from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE, Author, require_aligned
 from nvfp4dsl.emulator.registers import SIGNED, UNSIGNED, dtype_of
@@ -16,7 +18,7 @@ from nvfp4dsl.emulator.syntax import WIDTH, Instruction, Vector
 from nvfp4dsl.emulator.warps import Group
 
 TYPE = r"(b8|u8|s8|b16|u16|s16|b32|u32|s32|b64|u64|s64|f16|bf16|f32|f64)"
-QUALIFIERS = r"""(\.(weak|volatile|relaxed|acquire|release|cta|gpu|sys|cluster|nc|ca|cg|cs|lu|cv|wb|wt|unified
+QUALIFIERS = r"""(\.(weak|volatile|relaxed|acquire|release|acq_rel|cta|gpu|sys|cluster|nc|ca|cg|cs|lu|cv|wb|wt|unified
     |L1::\w+|L2::\w+|level::\w+))*"""
 SPACE = r"(\.(global|shared|shared::cta|param|param::entry|const))?"
 
@@ -202,40 +204,72 @@ _ATOMIC = {
     "dec": lambda old, a: np.where((old == 0) | (old > a), a, old - 1).astype(old.dtype),
 }
 _ATOM_TYPES = r"(b32|b64|u32|s32|u64|s64|f32|f64)"
+_ATOM_SPACE = r"(\.(global|shared|shared::cta))?"
 
 
-@instruction(rf"(atom|red){QUALIFIERS}(\.global)?{QUALIFIERS}\.(add|min|max|and|or|xor|exch|inc|dec)\.{_ATOM_TYPES}")
+@instruction(
+    rf"(atom|red){QUALIFIERS}{_ATOM_SPACE}{QUALIFIERS}\.(add|min|max|and|or|xor|exch|inc|dec){QUALIFIERS}\.{_ATOM_TYPES}"
+)
 def atomic(t: Translator, i: Instruction):
     """One lane after another, as the hardware may order them."""
-    operation, kind = i.parts[-2:]
-    dtype = dtype_of(kind)
+    operation = next(p for p in i.parts if p in _ATOMIC)
+    dtype = dtype_of(i.parts[-1])
     returns = i.parts[0] == "atom"
     first = 1 if returns else 0
     write = t.write(i.operands[0]) if returns else None
-    address, value = t.address(i.operands[first]), t.read(i.operands[first + 1], kind)
-    return _atomic(t.machine, write, address, dtype, lambda g: [value(g)], _ATOMIC[operation])
+    address, value = t.address(i.operands[first]), t.read(i.operands[first + 1], i.parts[-1])
+    return _atomic(t.machine, _access(i)[0], write, address, dtype, lambda g: [value(g)], _ATOMIC[operation])
 
 
-@instruction(rf"atom{QUALIFIERS}(\.global)?{QUALIFIERS}\.cas\.(b32|b64)")
+@instruction(rf"atom{QUALIFIERS}{_ATOM_SPACE}{QUALIFIERS}\.cas{QUALIFIERS}\.(b32|b64)")
 def compare_and_swap(t: Translator, i: Instruction):
     kind = i.parts[-1]
     compare, new = t.read(i.operands[2], kind), t.read(i.operands[3], kind)
     swap = lambda old, expected, value: np.where(old == expected, value, old)  # noqa: E731
     read_all = lambda g: [compare(g), new(g)]  # noqa: E731
-    return _atomic(t.machine, t.write(i.operands[0]), t.address(i.operands[1]), dtype_of(kind), read_all, swap)
+    write, address = t.write(i.operands[0]), t.address(i.operands[1])
+    return _atomic(t.machine, _access(i)[0], write, address, dtype_of(kind), read_all, swap)
 
 
-def _atomic(machine, write, address, dtype: np.dtype, operands, function):
+@instruction(rf"red{QUALIFIERS}\.global{QUALIFIERS}\.add\.(v2|v4)\.f32")
+def vector_reduction(t: Translator, i: Instruction):
+    """Each element is an atomic of its own."""
+    target, source = i.operands
+    base = t.address(target)
+    steps = []
+    for n, item in enumerate(source.items):
+        value = t.read(item, "f32")
+        address = lambda g, n=n: base(g) + np.uint64(4 * n)  # noqa: E731
+        operands = lambda g, v=value: [v(g)]  # noqa: E731
+        steps.append(_atomic(t.machine, "global", None, address, dtype_of("f32"), operands, _ATOMIC["add"]))
+    return lambda g: [step(g) for step in steps]
+
+
+def _atomic(machine, space: str, write, address, dtype: np.dtype, operands, function):
+    def exchange(where: np.ndarray, warp: np.ndarray, values: list[np.ndarray], part: str) -> np.ndarray:
+        """One lane's old value, [1]."""
+        if part == "shared":
+            require_aligned(where, dtype.itemsize, warp, "shared")
+            return machine.shared.exchange(where, dtype, warp, lambda old: function(old, *values))
+        require_aligned(where, dtype.itemsize, warp, "global")
+        old = machine.memory.read(where, dtype.itemsize, warp).view(dtype)[0]
+        if dtype == np.float32:  # atomics on global memory flush subnormals, those on shared memory do not (PTX ISA)
+            new = flush(function(flush(old), *map(flush, values)))
+        else:
+            new = np.asarray(function(old, *values), dtype)
+        machine.memory.write_atomic(where, new[:, None].view(np.uint8), warp)
+        return old
+
     def run(g: Group) -> None:
         where = address(g)[g.mask]
-        require_aligned(where, dtype.itemsize, g.lane_warps, "global")
         values = [np.broadcast_to(o, g.mask.shape)[g.mask] for o in operands(g)]
         old = np.empty(where.size, dtype)
         for n in range(where.size):
             one, warp = where[n : n + 1], g.lane_warps[n : n + 1]
-            old[n] = machine.memory.read(one, dtype.itemsize, warp).view(dtype)[0, 0]
-            new = np.asarray(function(old[n : n + 1], *[v[n : n + 1] for v in values]), dtype)
-            machine.memory.write_atomic(one, new[:, None].view(np.uint8), warp)
+            ((part, _, base),) = split_generic(one) if space == "generic" else ((space, None, 0),)
+            old[n] = exchange(one - np.uint64(base), warp, [v[n : n + 1] for v in values], part)[0]
+        if space != "global":
+            machine.warps.touch(g, stores=True)
         machine.note_change()
         if write is not None:
             write(g, spread(g, old))

@@ -57,6 +57,38 @@ def test_sub_words_of_one_word_by_two_warps():
     np.testing.assert_array_equal(out["out"], lane | (lane + 32) << 8)
 
 
+def test_atomics_on_shared_memory():
+    body = SHARED + """
+    st.shared.b32 [%r2], %r0;
+    bar.sync 0;
+    red.shared.add.u32 [%r1], 3;
+    atom.shared.cas.b32 %r9, [%r2], 5, 77;                  // lane 5 only
+    cvt.u64.u32 %d6, %r1; cvta.shared.u64 %d6, %d6;
+    atom.acq_rel.cta.max.u32 %r10, [%d6+4], %r0;            // generic
+    bar.sync 0;
+    mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %out, %d1;
+    ld.shared.b32 %r11, [%r2]; st.global.b32 [%d1], %r11;
+    """
+    out, _ = execute(body, outputs={"out": np.zeros(64, np.uint32)}, block=64)
+    expected = np.arange(64)
+    expected[[0, 1, 5]] = 3 * 64, 63, 77
+    np.testing.assert_array_equal(out["out"], expected)
+    with pytest.raises(UninitialisedRead, match="0x400"):
+        execute(SHARED + "atom.shared.add.u32 %r9, [%r1], 1;")
+    with pytest.raises(Misaligned, match="0x402"):
+        execute(SHARED + "st.shared.b32 [%r2], %r0; atom.shared.add.u32 %r9, [%r1+2], 1;")
+
+
+def test_reductions_of_floats():
+    body = """
+    cvt.rn.f32.u32 %f1, %r0; mov.f32 %f2, 0f3F800000; mov.f32 %f3, 0f00000001; mov.f32 %f4, 0fC0000000;
+    red.relaxed.gpu.global.add.v4.f32 [%out], {%f1, %f2, %f3, %f4};
+    atom.acq_rel.gpu.global.add.f32 %f5, [%out+16], %f2;
+    """
+    out, _ = execute(body, outputs={"out": np.zeros(5, np.float32)}, initialised=True)
+    np.testing.assert_array_equal(out["out"], [31 * 16, 32, 0, -64, 32])  # the subnormal is flushed
+
+
 def test_atomics():
     body = """
     red.global.add.u32 [%out], %r0;
