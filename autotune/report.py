@@ -1,4 +1,4 @@
-"""Results as people read them: a table for a document, the bars they are held against, a roofline picture."""
+"""Results as people read them: a table for a document, the goals they are held against, a roofline picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from nvfp4dsl.errors import OperandError
 OURS, BASE, FLOOR, LIBRARY = "nvfp4dsl", "stream", "stream_pdl", "cublas"
 RIVALS, READERS = ("quack", "humming"), (BASE, FLOOR)
 MS = (1, 4, 8, 16, 64, 256, 1024, 4096)
-BANDS = ((1, 16), (17, 64), (65, 512), (513, 1 << 30))
 
 Ratio = Callable[[Point], "float | None"]
 
@@ -70,27 +70,78 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def bars(run: Run) -> list[dict[str, Any]]:
-    """For each band of M, each of :data:`RATIOS`: geometric mean, least and greatest, with where they are."""
-    rows = []
-    for low, high in BANDS:
-        for name, ratio in RATIOS.items():
-            found = [(value, p) for p in run.points if low <= p.m <= high and (value := ratio(p))]
-            if not found:
-                continue
-            least, greatest = (pick(found, key=lambda pair: pair[0]) for pick in (min, max))
-            rows.append(
-                {
-                    "M": f"{low}-{max(p.m for _, p in found)}",
-                    "ratio": name,
-                    "geometric mean": statistics.geometric_mean(value for value, _ in found),
-                    "least": least[0],
-                    "at": _where(least[1]),
-                    "greatest": greatest[0],
-                    "at ": _where(greatest[1]),
-                }
-            )
-    return rows
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one of :data:`RATIOS`.
+
+    Attributes:
+        ratio: its name.
+        bound: what it must reach, or stay within if ``at_most``.
+        m: least and greatest M it is about.
+        wide: about weights of at least :data:`WIDE` elements (True), of fewer (False), or all (None).
+        at_most: whether small is good.
+        mean: about the geometric mean over the points, else about each of them.
+    """
+
+    ratio: str
+    bound: float
+    m: tuple[int, int] = (1, 1 << 30)
+    wide: bool | None = None
+    at_most: bool = False
+    mean: bool = False
+
+    def __str__(self) -> str:
+        words = [self.ratio, "at most" if self.at_most else "at least", f"{self.bound:g}"]
+        words += ["in geometric mean"] if self.mean else []
+        low, high = self.m
+        if high < 1 << 30:
+            words.append(f"at M = {low}" if low == high else f"at M <= {high}" if low == 1 else f"at M = {low}..{high}")
+        if self.wide is not None:
+            words.append(f"where N*K {'>=' if self.wide else '<'} {WIDE // 10**6} M")
+        return " ".join(words)
+
+    def concerns(self, point: Point) -> bool:
+        return self.m[0] <= point.m <= self.m[1] and self.wide in (None, point.n * point.k >= WIDE)
+
+    def verdict(self, points: Iterable[Point]) -> dict[str, Any] | None:
+        """Whether it is met, by what, and where it is worst; None if no point has the ratio."""
+        found = [(v, p) for p in points if self.concerns(p) and (v := RATIOS[self.ratio](p))]
+        if not found:
+            return None
+        worst, where = (max if self.at_most else min)(found, key=lambda pair: pair[0])
+        value = statistics.geometric_mean(v for v, _ in found) if self.mean else worst
+        met = value <= self.bound if self.at_most else value >= self.bound
+        return {"goal": str(self), "met": met, "value": value, "worst": f"{worst:.3g} at {_where(where)}"}
+
+
+WIDE = 30_000_000
+GOALS = (
+    Goal("best rival / ours", 0.97),
+    Goal("best rival / ours", 1.6, m=(1, 16), mean=True),
+    Goal("best rival / ours", 1.3, m=(32, 64), mean=True),
+    Goal("best rival / ours", 1.1, m=(128, 512), mean=True),
+    Goal("ours / stream", 1.1, m=(1, 4), wide=True, at_most=True),
+    Goal("ours / stream", 1.15, m=(8, 8), wide=True, at_most=True),
+    Goal("ours / stream", 1.3, m=(16, 16), wide=True, at_most=True),
+    Goal("ours / stream", 1.0, m=(1, 4), wide=False, at_most=True),
+    Goal("ours / stream", 1.2, m=(8, 8), wide=False, at_most=True),
+    Goal("ours / stream", 1.4, m=(16, 16), wide=False, at_most=True),
+    Goal("ours / stream_pdl", 1.3, m=(1, 4), at_most=True),
+    Goal("cublas / ours", 2.7, m=(1, 16), wide=True),
+    Goal("cublas / ours", 0.97),
+)
+"""What ``linear`` is held against on a Hopper card."""
+
+
+def verdicts(run: Run) -> list[dict[str, Any]]:
+    """Of each goal that the run has points for."""
+    return [row for goal in GOALS if (row := goal.verdict(run.points))]
+
+
+def overtaken(run: Run) -> dict[str, int]:
+    """For each N x K, the least M measured at which cuBLAS with the bf16 weight is faster; without those where none."""
+    faster = [(p.m, f"{p.n}x{p.k}") for p in run.points if (ratio := RATIOS["cublas / ours"](p)) and ratio < 1]
+    return {shape: m for m, shape in sorted(faster, reverse=True)}
 
 
 def _where(point: Point) -> str:

@@ -15,9 +15,9 @@ from nvfp4dsl.constants import BLOCK, NIBBLES
 from nvfp4dsl.formats import NVFP4Tensor
 from nvfp4dsl.testing import relative_error
 
-# The rounding of a bf16 output is 1.66e-3 in norm. A second one, of the weight or of a partial sum, makes 2.4e-3; with
-# more, sums that several blocks add up in bf16, 3.3e-3 was seen (an H200, Humming 0.1.19, 4096 x 4096).
-ONE_ROUNDING, TWO_ROUNDINGS, SEVERAL_ROUNDINGS = 2e-3, 3e-3, 5e-3
+# The rounding of a bf16 output is 1.66e-3 in norm. A second one, of the weight or of a partial sum, makes 2.4e-3. With
+# several, sums that blocks add up in bf16, 4.3e-3 was seen (Humming 0.1.19 on an H200, 1536 x 2048).
+ONE_ROUNDING, TWO_ROUNDINGS, SEVERAL_ROUNDINGS = 2e-3, 3e-3, 7e-3
 
 _BF16_BYTES = 2
 

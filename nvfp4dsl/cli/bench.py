@@ -147,8 +147,10 @@ def line(point: benches.Point) -> str:
 
 
 def present(run: benches.Run) -> None:
-    """Tables on stdout: every point, then the bars."""
+    """On stdout: every point, whether the goals are met, and where bf16 is faster."""
     click.echo(report.table(run, [point.m for point in run.points]))
     click.echo(f"\n{report.caption(run)}\n")
-    if rows := report.bars(run):
-        show_rows(rows, "ratios")
+    if rows := report.verdicts(run):
+        show_rows(rows, "goals")
+    if overtaken := report.overtaken(run):
+        click.echo("cublas is faster from M = " + ", ".join(f"{m} ({shape})" for shape, m in overtaken.items()))

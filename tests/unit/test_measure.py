@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import operator
 import re
 import statistics
@@ -21,6 +22,7 @@ from nvfp4dsl.autotune.peers import LINEAR, Linear, LinearPeer, Weights, select,
 from nvfp4dsl.autotune.peers.libraries import Cublas, Humming, Quack, optional
 from nvfp4dsl.autotune.peers.problem import ONE_ROUNDING
 from nvfp4dsl.autotune.peers.stream import ReaderTile, Stream, as_bytes, reader, xor
+from nvfp4dsl.autotune.report import Goal
 from nvfp4dsl.cli import main
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.errors import OperandError, TargetError
@@ -427,12 +429,43 @@ def test_table(results):
     assert len(report.table(results, [16]).splitlines()) == 3
 
 
-def test_bars_are_geometric_means_with_their_ends(results):
-    (rival,) = [row for row in report.bars(results) if row["ratio"] == "best rival / ours"]
-    assert rival["M"] == "1-16"
-    assert rival["geometric mean"] == pytest.approx(statistics.geometric_mean([1.8, 19 / 12.5]))
-    assert (rival["least"], rival["at"]) == (19 / 12.5, "14336x4096 M=16")
-    assert (rival["greatest"], rival["at "]) == (1.8, "14336x4096 M=1")
+@pytest.mark.parametrize(
+    ("goal", "met", "value", "worst"),
+    [
+        (Goal("best rival / ours", 0.97), True, 19 / 12.5, "1.52 at 14336x4096 M=16"),
+        (Goal("best rival / ours", 1.6, mean=True), True, math.sqrt(1.8 * 19 / 12.5), "1.52 at 14336x4096 M=16"),
+        (Goal("best rival / ours", 1.7, mean=True), False, math.sqrt(1.8 * 19 / 12.5), "1.52 at 14336x4096 M=16"),
+        (Goal("ours / stream", 1.3, at_most=True), False, 12.5 / 8.9, "1.4 at 14336x4096 M=16"),
+        (Goal("ours / stream", 1.3, m=(1, 4), at_most=True), True, 10 / 8.9, "1.12 at 14336x4096 M=1"),
+        (Goal("cublas / ours", 2.7, m=(1, 16), wide=True), False, 2.56, "2.56 at 14336x4096 M=16"),
+    ],
+)
+def test_goals(results, goal, met, value, worst):
+    verdict = goal.verdict(results.points)
+    assert (verdict["met"], verdict["worst"], verdict["goal"]) == (met, worst, str(goal))
+    assert verdict["value"] == pytest.approx(value)
+
+
+def test_goals_without_points(results):
+    assert Goal("ours / stream", 1.0, wide=False).verdict(results.points) is None  # ours failed at the small weight
+    assert Goal("cublas / ours", 1.0, m=(2, 15)).verdict(results.points) is None
+    assert {row["goal"].partition(" at ")[0] for row in report.verdicts(results)} == set(report.RATIOS)
+
+
+def test_goals_say_what_they_are_about():
+    texts = [str(goal) for goal in report.GOALS]
+    assert len(set(texts)) == len(texts)
+    assert "best rival / ours at least 1.3 in geometric mean at M = 32..64" in texts
+    assert "ours / stream at most 1.15 at M = 8 where N*K >= 30 M" in texts
+    assert "cublas / ours at least 0.97" in texts
+
+
+def test_where_bf16_is_faster(results):
+    assert report.overtaken(results) == {}
+    results.points += [
+        point(4096, 4096, m, cublas=cublas, nvfp4dsl=40.0) for m, cublas in ((128, 39.0), (1, 41.0), (64, 38.0))
+    ]
+    assert report.overtaken(results) == {"4096x4096": 64}
 
 
 DOCUMENT = """# Title
