@@ -11,7 +11,15 @@ import itertools
 from dataclasses import dataclass, replace
 
 from nvfp4dsl.errors import TileError
-from nvfp4dsl.layouts import SCALE_ATOM_BYTES, SCALE_ATOM_ROWS
+from nvfp4dsl.layouts import (
+    FRAGMENT_K,
+    FRAGMENT_ROWS,
+    FRAGMENT_SCALE_BYTES,
+    FRAGMENT_SCALE_STEPS,
+    FRAGMENT_STEP_BYTES,
+    SCALE_ATOM_BYTES,
+    SCALE_ATOM_ROWS,
+)
 from nvfp4dsl.targets import Target, get_target
 
 FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -46,12 +54,14 @@ class GemmSpec:
         out_dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         bias: type of the vector of N values that is added in fp32, or None: ``"bf16"``, ``"fp16"``, ``"fp32"``.
         aligned_rows: output rows start on 16-byte boundaries, so TMA may store them; otherwise stores are predicated.
+        whole_chunks: for weights in fragment order: K is a multiple of 256, so no chunk of them is partial.
     """
 
     activation: str = "nvfp4"
     out_dtype: str = "bf16"
     bias: str | None = None
     aligned_rows: bool = True
+    whole_chunks: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ("nvfp4", "bf16"):
@@ -88,8 +98,20 @@ class TileConfig:
 
 #: extents a tile may have. A row of codes must fill a 64- or 128-byte swizzle span, so K is 128 or 256.
 TILE_M, TILE_N, TILE_K = (64, 128, 256), (128, 256), (128, 256)
-#: tiles that dispatch chooses from; the first is the default.
-TILES = (TileConfig(128, 128, 128), TileConfig(128, 128, 256), TileConfig(64, 128, 128))
+#: inner loops that are written.
+BUILT = frozenset({"omma", "hmma"})
+#: a skinny tile (W4A16): tokens x 16 weight rows; a stage holds, for each of 8 warps, four steps of 64 k.
+SKINNY_M, SKINNY_K = (8, 16, 32), MMA_WARPS * FRAGMENT_SCALE_STEPS * FRAGMENT_K
+#: most CTAs that share an SM, by tokens: fragments of more tokens take more registers; and the shared memory the driver
+#: keeps of each CTA.
+SKINNY_CTAS, RESERVED_SMEM = {8: 3, 16: 2, 32: 1}, 1024
+#: floats from one token's partial sums to the next's: 16 rows and a pad that spreads a warp's stores over all banks.
+PARTIAL_PITCH = FRAGMENT_ROWS + 4
+#: tiles that dispatch chooses from, by numeric mode; the first is the default.
+TILES = {
+    "nvfp4": (TileConfig(128, 128, 128), TileConfig(128, 128, 256), TileConfig(64, 128, 128)),
+    "bf16": tuple(TileConfig(m, FRAGMENT_ROWS, SKINNY_K) for m in SKINNY_M),
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,7 @@ class Plan:
         stages, epilogue_stages: buffers of the load ring and of the store ring.
         smem: fields in the order they are allocated.
         transaction_bytes: what TMA delivers to one stage's barrier.
+        ctas_per_sm: CTAs that share a multiprocessor.
     """
 
     spec: GemmSpec
@@ -121,6 +144,7 @@ class Plan:
     epilogue_stages: int
     smem: tuple[SmemField, ...]
     transaction_bytes: int
+    ctas_per_sm: int = 1
 
     @property
     def threads(self) -> int:
@@ -173,9 +197,12 @@ def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: 
 
 def _shape_reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     reasons = []
-    if "omma" not in target.mainloops.get(spec.activation, ()):
-        reasons.append(f"{target.name} has no kernel for activation={spec.activation!r} yet")
-    for axis, extent, allowed in (("M", tile.m, TILE_M), ("N", tile.n, TILE_N), ("K", tile.k, TILE_K)):
+    if not BUILT.intersection(target.mainloops.get(spec.activation, ())):
+        return [f"{target.name} has no kernel for activation={spec.activation!r} yet"]
+    allowed_mnk: tuple[tuple[int, ...], ...] = (TILE_M, TILE_N, TILE_K)
+    if spec.activation == "bf16":
+        allowed_mnk = (SKINNY_M, (FRAGMENT_ROWS,), (SKINNY_K,))
+    for axis, extent, allowed in zip("MNK", (tile.m, tile.n, tile.k), allowed_mnk, strict=True):
         if extent not in allowed:
             reasons.append(f"{axis}={extent}: allowed are {', '.join(map(str, allowed))}")
     return reasons
@@ -191,7 +218,7 @@ def legal(spec: GemmSpec, tile: TileConfig, target: str | Target) -> list[str]:
     """
     target = get_target(target) if isinstance(target, str) else target
     reasons = _shape_reasons(spec, tile, target)
-    if reasons:
+    if reasons or spec.activation == "bf16":
         return reasons
     registers = tile.m * tile.n // (MMA_WARPS * WARP)
     if registers > MAX_ACCUMULATORS:
@@ -216,7 +243,9 @@ def legal_tiles(spec: GemmSpec, target: str | Target) -> tuple[TileConfig, ...]:
     Raises:
         TargetError: unknown target.
     """
-    tiles = (TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N, TILE_K))
+    skinny = (TileConfig(m, FRAGMENT_ROWS, SKINNY_K) for m in SKINNY_M)
+    blocked = (TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N, TILE_K))
+    tiles = skinny if spec.activation == "bf16" else blocked
     return tuple(tile for tile in tiles if not legal(spec, tile, target))
 
 
@@ -232,6 +261,8 @@ def plan(spec: GemmSpec, tile: TileConfig, target: str | Target) -> Plan:
     reasons = legal(spec, tile, target)
     if reasons:
         raise TileError(f"tile {tile} cannot be built on {target.name}: " + "; ".join(reasons), reasons)
+    if spec.activation == "bf16":
+        return _skinny_plan(spec, tile, target)
 
     def fits(stages: int, epilogue_stages: int) -> bool:
         return total_bytes(smem_fields(spec, tile, stages, epilogue_stages)) <= target.smem_per_block
@@ -250,3 +281,34 @@ def plan(spec: GemmSpec, tile: TileConfig, target: str | Target) -> Plan:
         smem=smem_fields(spec, tile, stages, epilogue_stages),
         transaction_bytes=(tile.m + tile.n) * codes + (scale_atoms(tile.m) + scale_atoms(tile.n)) * scales,
     )
+
+
+def _skinny_fields(tile: TileConfig, stages: int) -> tuple[SmemField, ...]:
+    """Shared memory of the skinny kernel: each warp's ring of chunks, and two buffers of partial sums."""
+    codes = FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES
+    return (
+        SmemField("barriers", MMA_WARPS * stages * MBARRIER_BYTES, MBARRIER_BYTES),
+        SmemField("b", MMA_WARPS * stages * codes, SCALE_ALIGN),
+        SmemField("sfb", MMA_WARPS * stages * FRAGMENT_SCALE_BYTES, SCALE_ALIGN),
+        SmemField("partials", 2 * MMA_WARPS * tile.m * PARTIAL_PITCH * 4, SCALE_ALIGN),
+    )
+
+
+def _skinny_plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
+    """As many CTAs an SM as leave each two stages; then as many stages, up to four, as fit."""
+    wanted = (tile.stages,) if tile.stages else (4, 3, 2)
+    for ctas, stages in itertools.product(range(SKINNY_CTAS[tile.m], 0, -1), wanted):
+        fields = _skinny_fields(tile, stages)
+        if (total_bytes(fields) + RESERVED_SMEM) * ctas <= target.smem_per_block + RESERVED_SMEM:
+            return Plan(
+                spec=spec,
+                tile=replace(tile, stages=stages),
+                warps=(1, MMA_WARPS),
+                blocks=(1, tile.m // MMA_N),
+                stages=stages,
+                epilogue_stages=2,
+                smem=fields,
+                transaction_bytes=FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES,
+                ctas_per_sm=ctas,
+            )
+    raise TileError(f"{tile} needs more shared memory than the {target.smem_per_block} bytes of {target.name}")

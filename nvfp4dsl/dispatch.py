@@ -23,12 +23,17 @@ from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.errors import LayoutError, OperandError, TargetError, TileError
 from nvfp4dsl.formats import NVFP4Tensor
+from nvfp4dsl.layouts import FRAGMENT_CHUNK_K
+from nvfp4dsl.packing import layout_for
 from nvfp4dsl.targets import DEVICES, Target, get_target, target_of_capability
 
 FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TMA_ROW_BYTES = 16
-#: the names of the dense kernel's arguments, in call order
-ARGUMENTS = ("a", "sfa", "b", "sfb", "alpha_a", "alpha_b", "bias", "c", "max_ctas")
+#: names of each kernel's arguments in call order, by activation mode; the last but one is the output
+ARGUMENTS = {
+    "nvfp4": ("a", "sfa", "b", "sfb", "alpha_a", "alpha_b", "bias", "c", "max_ctas"),
+    "bf16": ("x", "codes", "scales", "alpha", "bias", "y", "max_ctas"),
+}
 
 
 @dataclass(frozen=True)
@@ -116,12 +121,14 @@ def choose_tile(spec: GemmSpec, m: int, target: Target) -> TileConfig:
     Raises:
         TargetError: the target has no kernel for the spec.
     """
-    candidates = [tile for tile in TILES if not legal(spec, tile, target)]
+    candidates = [tile for tile in TILES[spec.activation] if not legal(spec, tile, target)]
     if not candidates:
         raise TargetError(
-            f"{target.name} has no kernel for {spec}: {'; '.join(legal(spec, TILES[0], target))}. "
-            "The numeric mode is yours to choose: activation='nvfp4' runs on sm_120a and sm_121a"
+            f"{target.name} has no kernel for {spec}: {'; '.join(legal(spec, TILES[spec.activation][0], target))}. "
+            "The numeric mode is yours to choose: 'nvfp4' runs on sm_120a and sm_121a, 'bf16' everywhere"
         )
+    if spec.activation == "bf16":
+        return next((tile for tile in candidates if tile.m >= m), candidates[-1])
     fitting = [tile for tile in candidates if tile.m <= 64] if m <= 64 else candidates
     return (fitting or candidates)[0]
 
@@ -197,12 +204,59 @@ def check_kernel_operands(a: NVFP4Tensor, b: NVFP4Tensor, out_dtype: torch.dtype
         raise OperandError(
             f"batches differ: a is {tuple(a.shape)}, b is {tuple(b.shape)}; kernels take equal batches, so expand one"
         )
-    for name, operand in (("a", a), ("b", b)):
-        if operand.layout != target.layout:
-            raise LayoutError(
-                f"{name} is in layout {operand.layout!r}, but {target.name} reads {target.layout!r}; convert it once "
-                f"with nvfp4dsl.prepare({name}, {target.name!r}). Nothing is repacked inside a call"
-            )
+    check_layout("a", a, target, "nvfp4")
+    check_layout("b", b, target, "nvfp4")
+
+
+def check_layout(name: str, operand: NVFP4Tensor, target: Target, activation: str) -> None:
+    """Refuse an operand whose layout the target's kernels for this mode do not read."""
+    layout = layout_for(target.name, activation)
+    if operand.layout != layout:
+        own = f", activation={activation!r}" if layout != layout_for(target.name) else ""
+        raise LayoutError(
+            f"{name} is in layout {operand.layout!r}, but in mode {activation!r} {target.name} reads {layout!r}; "
+            f"convert it once with nvfp4dsl.prepare({name}, {target.name!r}{own}). Nothing is repacked inside a call"
+        )
+
+
+def skinny(
+    x: torch.Tensor,
+    weight: NVFP4Tensor,
+    bias: torch.Tensor | None,
+    alpha: torch.Tensor,
+    target: Target,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``x @ weight.T * alpha + bias`` (W4A16): x bf16 [L, M, K], weight in fragment order, alpha fp32 [L, N].
+
+    Raises:
+        OperandError: x is not bf16.
+        LayoutError: the weight is in another layout; the message names ``prepare``.
+        TargetError: the target has no kernel for this.
+    """
+    check_layout("weight", weight, target, "bf16")
+    if x.dtype != torch.bfloat16:
+        raise OperandError(
+            f"x is {x.dtype}; the W4A16 kernels multiply bfloat16, so cast it, or use activation='nvfp4'"
+        )
+    batch, m, _ = x.shape
+    n = weight.shape[-2]
+    out = torch.empty((batch, m, n), dtype=out_dtype, device=x.device)
+    if not out.numel():
+        return out
+    spec = GemmSpec(
+        activation="bf16",
+        out_dtype=FLOATS[out_dtype],
+        bias=None if bias is None else FLOATS[bias.dtype],
+        aligned_rows=False,
+        whole_chunks=weight.k % FRAGMENT_CHUNK_K == 0,
+    )
+    kernel = kernel_for(spec, choose_tile(spec, m, target), target.name)
+    if x.stride(-1) != 1 or x.data_ptr() % TMA_ROW_BYTES or any(s % 8 for s in x.stride()[:-1]):
+        x = x.contiguous()
+    codes, scales = (t.view(torch.uint8).view(batch, *t.shape[-3:]) for t in (weight.qdata, weight.scale))
+    run(kernel, (x, codes, scales, alpha, bias, out))
+    return out
 
 
 def _arguments(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> tuple[Any, ...]:
@@ -224,7 +278,7 @@ def _arguments(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out: t
 
 
 def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
-    """Launch a dense kernel on its arguments (all but ``max_ctas``) where they live."""
+    """Launch a kernel on its arguments (all but ``max_ctas``) where they live."""
     device = arguments[0].device
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -233,9 +287,10 @@ def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
     emulation = _emulation.get()
     if emulation is None:
         raise TargetError("a compiled kernel cannot run on CPU tensors; enter nvfp4dsl.emulate(target) first")
-    (launch,) = capture(kernel.object_path, kernel.symbol, (*arguments, emulation.max_ctas), ARGUMENTS, outputs=("c",))
+    names = ARGUMENTS[kernel.spec.activation]
+    output = names[-2]
+    (launch,) = capture(kernel.object_path, kernel.symbol, (*arguments, emulation.max_ctas), names, outputs=(output,))
     before = copy.deepcopy(launch)
     report = emulator.run(kernel.ptx, launch, seed=emulation.seed)
     emulation.runs.append(Run(kernel, before, report))
-    out = arguments[ARGUMENTS.index("c")]
-    out.view(-1).view(torch.uint8).copy_(torch.from_numpy(launch.buffer("c").data))
+    arguments[-1].view(-1).view(torch.uint8).copy_(torch.from_numpy(launch.buffer(output).data))

@@ -82,15 +82,19 @@ class Storage:
 
     Attributes:
         name: the tag.
-        shapes: (N, K) -> (shape of one matrix's qdata, of its scale). qdata has N as its last dimension but one.
+        shapes: (N, K) -> (shape of one matrix's qdata, of its scale).
         canonicalize: a tensor with this tag -> the same tensor, canonical; a pure permutation that drops the padding.
+        rank: dimensions of one matrix's qdata; those before them are the batch.
         compact: whether kernels address the storage as one contiguous block.
+        encoded: whether block scales are e4m3 no longer, but another code for the same values.
     """
 
     name: str
     shapes: Callable[[int, int], tuple[tuple[int, ...], tuple[int, ...]]]
     canonicalize: Callable[[NVFP4Tensor], NVFP4Tensor]
+    rank: int = 2
     compact: bool = True
+    encoded: bool = False
 
 
 STORAGES: dict[str, Storage] = {
@@ -116,7 +120,8 @@ class NVFP4Tensor:
         layout: ``"canonical"``, or the name of a layout that kernels read (see :func:`nvfp4dsl.packing.prepare`).
         row_ends: end of each row range, ascending, the last one N; for stacked weights (q/k/v, gate/up) that keep their
             own global scales.
-        k: logical K, which a padded layout's shapes no longer tell; 0 stands for "read it off qdata" if canonical.
+        k, n: logical K and N, which a padded layout's shapes no longer tell; 0 stands for "read it off qdata" where
+            that tells.
 
     Raises:
         OperandError: at construction, for a wrong dtype, shape or stride, tensors on different devices, K not a
@@ -130,6 +135,7 @@ class NVFP4Tensor:
     layout: str = CANONICAL
     row_ends: tuple[int, ...] | None = None
     k: int = 0
+    n: int = 0
 
     def __post_init__(self) -> None:
         if self.row_ends is not None:
@@ -137,13 +143,15 @@ class NVFP4Tensor:
         _check_kind(self)
         if self.k == 0 and self.layout == CANONICAL:
             object.__setattr__(self, "k", self.qdata.shape[-1] * NIBBLES)
+        if self.n == 0 and STORAGES[self.layout].rank == 2 and self.qdata.ndim >= 2:
+            object.__setattr__(self, "n", self.qdata.shape[-2])
         _check_shapes(self)
         if values_at_hand(self.qdata):
             _check_values(self)
 
     @classmethod
     def unchecked(cls, **fields_: Any) -> NVFP4Tensor:
-        """Build from fields already known to be valid, all six given; nothing is checked and no value is read."""
+        """Build from fields already known to be valid, all seven given; nothing is checked and no value is read."""
         self = object.__new__(cls)
         for name in _FIELDS:
             object.__setattr__(self, name, fields_[name])
@@ -151,16 +159,16 @@ class NVFP4Tensor:
 
     @property
     def batch_shape(self) -> torch.Size:
-        return self.qdata.shape[:-2]
+        return self.qdata.shape[: -STORAGES[self.layout].rank]
 
     @property
     def shape(self) -> torch.Size:
         """Logical shape (..., N, K)."""
-        return torch.Size((*self.qdata.shape[:-1], self.k))
+        return torch.Size((*self.batch_shape, self.n, self.k))
 
     @property
     def ndim(self) -> int:
-        return self.qdata.ndim
+        return len(self.batch_shape) + 2
 
     @property
     def device(self) -> torch.device:
@@ -291,7 +299,7 @@ def _check_row_ranges(t: NVFP4Tensor, batch: tuple[int, ...], n: int) -> None:
 
 
 def _check_values(t: NVFP4Tensor) -> None:
-    bits = t.scale.view(torch.uint8)
+    bits = t.scale.view(torch.uint8) if not STORAGES[t.layout].encoded else t.scale.new_zeros(1, dtype=torch.uint8)
     # Hardware ignores a scale's sign, so a negative one would mean one thing here and another there; -0 is harmless.
     good = (bits < 0x7F) | (bits == 0x80)
     if not bool(good.all()):

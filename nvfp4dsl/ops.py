@@ -11,9 +11,10 @@ import torch
 
 from nvfp4dsl import dispatch, reference
 from nvfp4dsl.config import TileConfig
-from nvfp4dsl.errors import ModeError, TargetError
+from nvfp4dsl.errors import ModeError
 from nvfp4dsl.formats import NVFP4Tensor
 from nvfp4dsl.packing import prepare
+from nvfp4dsl.targets import Target
 
 
 def quantize(
@@ -63,7 +64,7 @@ def mm(
     if tile is not None:
         forced = TileConfig.parse(tile) if isinstance(tile, str) else tile
         return dispatch.gemm(a, b, bias, out_dtype=out_dtype, tile=forced)
-    return torch.ops.nvfp4dsl.mm(*_parts(a), *_parts(b), list(b.row_ends or ()), a.k, bias, out_dtype)
+    return torch.ops.nvfp4dsl.mm(*_parts(a), *_parts(b), list(b.row_ends or ()), bias, out_dtype)
 
 
 def linear(
@@ -96,16 +97,22 @@ def linear(
         raise ModeError(
             "the weight asks for a gradient, but an NVFP4 weight is frozen; train x, the bias or an adapter"
         )
-    return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), weight.k, bias, mode)
+    return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), bias, mode)
 
 
-def _parts(t: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+def _parts(t: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str, int, int]:
     """A container as an operator takes it; scales go as bytes, since opcheck needs arithmetic float8 does not have."""
-    return t.qdata, t.scale.view(torch.uint8), t.global_scale, t.layout
+    return t.qdata, t.scale.view(torch.uint8), t.global_scale, t.layout, t.n, t.k
 
 
 def _tensor(
-    qdata: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor, layout: str, row_ends: list[int], k: int
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    layout: str,
+    n: int,
+    k: int,
+    row_ends: list[int],
 ) -> NVFP4Tensor:
     """The container around an operator's tensors, which were validated when they were first put into one."""
     return NVFP4Tensor.unchecked(
@@ -115,6 +122,7 @@ def _tensor(
         layout=layout,
         row_ends=tuple(row_ends) or None,
         k=k,
+        n=n,
     )
 
 
@@ -124,23 +132,43 @@ def _mm(
     a_scale: torch.Tensor,
     a_global: torch.Tensor,
     a_layout: str,
+    m: int,
+    a_k: int,
     b_qdata: torch.Tensor,
     b_scale: torch.Tensor,
     b_global: torch.Tensor,
     b_layout: str,
+    n: int,
+    b_k: int,
     row_ends: list[int],
-    k: int,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    a = _tensor(a_qdata, a_scale, a_global, a_layout, [], k)
-    b = _tensor(b_qdata, b_scale, b_global, b_layout, row_ends, k)
+    a = _tensor(a_qdata, a_scale, a_global, a_layout, m, a_k, [])
+    b = _tensor(b_qdata, b_scale, b_global, b_layout, n, b_k, row_ends)
     return dispatch.gemm(a, b, bias, out_dtype=out_dtype)
 
 
 @_mm.register_fake
-def _(a_qdata, a_scale, a_global, a_layout, b_qdata, b_scale, b_global, b_layout, row_ends, k, bias, out_dtype):
-    return a_qdata.new_empty((*a_qdata.shape[:-1], b_qdata.shape[-2]), dtype=out_dtype)
+def _(
+    a_qdata,
+    a_scale,
+    a_global,
+    a_layout,
+    m,
+    a_k,
+    b_qdata,
+    b_scale,
+    b_global,
+    b_layout,
+    n,
+    b_k,
+    row_ends,
+    bias,
+    out_dtype,
+):
+    batch = _tensor(a_qdata, a_scale, a_global, a_layout, m, a_k, []).batch_shape
+    return a_qdata.new_empty((*batch, m, n), dtype=out_dtype)
 
 
 @torch.library.custom_op("nvfp4dsl::linear", mutates_args=())
@@ -150,31 +178,52 @@ def _linear(
     scale: torch.Tensor,
     global_scale: torch.Tensor,
     layout: str,
-    row_ends: list[int],
+    n: int,
     k: int,
+    row_ends: list[int],
     bias: torch.Tensor | None,
     activation: str,
 ) -> torch.Tensor:
-    weight = _tensor(qdata, scale, global_scale, layout, row_ends, k)
+    weight = _tensor(qdata, scale, global_scale, layout, n, k, row_ends)
     target = dispatch.site(x.device)
     if target is None:
         return reference.linear(x, weight, bias, activation)
-    if activation == "bf16":
-        raise TargetError(
-            f"{target.name} has no W4A16 kernel yet; activation='nvfp4' (W4A4) runs on sm_120a and sm_121a, and the "
-            "mode is yours to choose"
-        )
     rows = x if weight.batch_shape else x.reshape(-1, x.shape[-1])
-    y = dispatch.gemm(prepare(reference.quantize(rows), target.name), weight, bias, out_dtype=x.dtype)
+    if activation == "nvfp4" and "nvfp4" in target.mainloops:
+        y = dispatch.gemm(prepare(reference.quantize(rows), target.name), weight, bias, out_dtype=x.dtype)
+    else:
+        y = _linear_w4a16(rows, weight, bias, activation, target, x.dtype)
     return y.reshape(*x.shape[:-1], weight.shape[-2])
 
 
+def _linear_w4a16(
+    rows: torch.Tensor,
+    weight: NVFP4Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    target: Target,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Through the kernel that multiplies bf16.
+
+    In mode nvfp4, on a chip that has no FP4 MMA, x is quantized all the same: its codes times their block scales are
+    exact in bf16, and its global scale goes into alpha.
+    """
+    m, k = rows.shape[-2:]
+    batch = rows.shape[:-2].numel()
+    alpha = weight.row_scale().reshape(batch, -1)
+    if activation == "nvfp4":
+        quantized = reference.quantize(rows)
+        rows, alpha = reference.scaled_codes(quantized, torch.bfloat16), alpha * quantized.global_scale
+    return dispatch.skinny(rows.reshape(batch, m, k), weight, bias, alpha, target, out_dtype)
+
+
 @_linear.register_fake
-def _(x, qdata, scale, global_scale, layout, row_ends, k, bias, activation):
-    return x.new_empty((*x.shape[:-1], qdata.shape[-2]))
+def _(x, qdata, scale, global_scale, layout, n, k, row_ends, bias, activation):
+    return x.new_empty((*x.shape[:-1], n))
 
 
-_BIAS = 7  # its place among the operator's inputs
+_BIAS = 8  # its place among the operator's inputs
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -5,20 +5,36 @@ The maps themselves are integers, in :mod:`nvfp4dsl.layouts`; here they are appl
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch.nn.functional import pad
 
 from nvfp4dsl.constants import BLOCK, NIBBLES
 from nvfp4dsl.errors import OperandError, TargetError
-from nvfp4dsl.formats import CANONICAL, STORAGES, NVFP4Tensor, Storage
-from nvfp4dsl.layouts import SCALE_ATOM_BYTES, packed_k, scale_offset, scale_tiles
+from nvfp4dsl.formats import CANONICAL, STORAGES, NVFP4Tensor, Storage, pack_codes, unpack_codes
+from nvfp4dsl.layouts import (
+    FRAGMENT_K,
+    FRAGMENT_ROWS,
+    FRAGMENT_SCALE_BIAS,
+    FRAGMENT_SCALE_BYTES,
+    FRAGMENT_SCALE_STEPS,
+    FRAGMENT_SCALE_ZERO,
+    FRAGMENT_STEP_BYTES,
+    SCALE_ATOM_BLOCKS,
+    SCALE_ATOM_BYTES,
+    ceil_div,
+    fragment_scale_offset,
+    fragment_word,
+    fragment_word_bit,
+    packed_k,
+    scale_offset,
+    scale_tiles,
+)
+from nvfp4dsl.targets import get_target
 
 BLACKWELL = "blackwell"
-
-TARGET_LAYOUT = {CANONICAL: CANONICAL, "sm_100a": BLACKWELL, "sm_120a": BLACKWELL, "sm_121a": BLACKWELL}
-"""The layout that each target's kernels read."""
-
-_PLANNED = ("sm_90a",)
+FRAGMENTS = "fragments"
 
 
 def _scale_index(rows: int, k: int, device: torch.device) -> torch.Tensor:
@@ -77,28 +93,133 @@ STORAGES[BLACKWELL] = Storage(
 )
 
 
-def prepare(tensor: NVFP4Tensor, target: str) -> NVFP4Tensor:
+def _code_table(device: torch.device) -> torch.Tensor:
+    """int32 [8, 16]: what the v-th code of a word contributes to it, for each of the 16 codes."""
+    table = torch.zeros(8, 16, dtype=torch.int64)
+    for value, code, bit in itertools.product(range(8), range(16), range(4)):
+        table[value, code] |= (code >> bit & 1) << fragment_word_bit(value, bit)
+    return table.to(torch.int32).to(device)  # bit 31 wraps into the sign
+
+
+def _scale_table(device: torch.device) -> torch.Tensor:
+    """uint8 [256]: e4m3 byte -> the byte with a 5-bit exponent (nvfp4dsl.layouts). Negative scales do not occur."""
+    table = torch.zeros(256, dtype=torch.uint8)
+    for byte in range(1, 0x7F):
+        exponent, mantissa = (byte >> 3) - 7, byte & 7
+        if byte < 8:  # subnormal: m/8 * 2^-6
+            shift = 4 - mantissa.bit_length()
+            exponent, mantissa = -6 - shift, (mantissa << shift) & 7
+        table[byte] = (exponent + FRAGMENT_SCALE_BIAS) << 3 | mantissa
+    table[0x00], table[0x80] = FRAGMENT_SCALE_ZERO, FRAGMENT_SCALE_ZERO + 1  # the sign of zero is kept for the way back
+    return table.to(device)
+
+
+def _fragment_words(steps_k: int, device: torch.device) -> torch.Tensor:
+    """Place of the word of (row, group of 8 k) among a step's 128: int64 [16, 8]."""
+    row = torch.arange(FRAGMENT_ROWS, device=device).unsqueeze(-1)
+    return fragment_word(row, torch.arange(0, steps_k, 8, device=device))
+
+
+def _fragment_scales(device: torch.device) -> torch.Tensor:
+    """Place of the scale of (row, block) among 256: int64 [16, 16]."""
+    row = torch.arange(FRAGMENT_ROWS, device=device).unsqueeze(-1)
+    return fragment_scale_offset(row, torch.arange(FRAGMENT_SCALE_STEPS * SCALE_ATOM_BLOCKS, device=device))
+
+
+def _fragment_tiles(n: int, k: int) -> tuple[int, int, int]:
+    """(tiles of 16 rows, steps of 64 k, groups of 4 steps)."""
+    steps = ceil_div(k, FRAGMENT_K)
+    return ceil_div(n, FRAGMENT_ROWS), steps, ceil_div(steps, FRAGMENT_SCALE_STEPS)
+
+
+def _to_fragments(t: NVFP4Tensor) -> NVFP4Tensor:
+    *batch, n, k = t.shape
+    tiles, steps, groups = _fragment_tiles(n, k)
+    pad_rows = tiles * FRAGMENT_ROWS - n
+    codes = pad(unpack_codes(t.qdata), (0, steps * FRAGMENT_K - k, 0, pad_rows))
+    codes = codes.view(*batch, tiles, FRAGMENT_ROWS, steps, FRAGMENT_K // 8, 8)
+    table = _code_table(codes.device)
+    words = table[0][codes[..., 0].int()]
+    for value in range(1, 8):
+        words |= table[value][codes[..., value].int()]
+    placed = torch.empty(*batch, tiles, steps, FRAGMENT_STEP_BYTES // 4, dtype=torch.int32, device=codes.device)
+    placed[..., _fragment_words(FRAGMENT_K, codes.device)] = words.transpose(-3, -2)
+
+    blocks = groups * FRAGMENT_SCALE_STEPS * SCALE_ATOM_BLOCKS
+    scales = pad(t.scale.view(torch.uint8), (0, blocks - k // BLOCK, 0, pad_rows))
+    scales = _scale_table(codes.device)[scales.int()].view(*batch, tiles, FRAGMENT_ROWS, groups, -1)
+    strip = torch.empty(*batch, tiles, groups, FRAGMENT_SCALE_BYTES, dtype=torch.uint8, device=codes.device)
+    strip[..., _fragment_scales(codes.device)] = scales.transpose(-3, -2)
+    return t._with(qdata=placed.view(torch.uint8), scale=strip.view(torch.float8_e4m3fn), layout=FRAGMENTS)
+
+
+def _from_fragments(t: NVFP4Tensor) -> NVFP4Tensor:
+    *batch, n, k = t.shape
+    tiles, steps, _ = _fragment_tiles(n, k)
+    words = t.qdata.view(torch.int32)[..., _fragment_words(FRAGMENT_K, t.device)].transpose(-3, -2)
+    codes = torch.zeros(*words.shape, 8, dtype=torch.uint8, device=t.device)
+    for value, bit in itertools.product(range(8), range(4)):
+        codes[..., value] |= ((words >> fragment_word_bit(value, bit) & 1) << bit).to(torch.uint8)
+    codes = codes.reshape(*batch, tiles * FRAGMENT_ROWS, steps * FRAGMENT_K)[..., :n, :k]
+
+    encoded = t.scale.view(torch.uint8)[..., _fragment_scales(t.device)].transpose(-3, -2)
+    table = _scale_table(t.device)
+    back = torch.zeros(256, dtype=torch.uint8, device=t.device)
+    known = torch.tensor([*range(0x7F), 0x80], device=t.device)
+    back[table[known].int()] = known.to(torch.uint8)
+    scale = back[encoded.int()].reshape(*batch, tiles * FRAGMENT_ROWS, -1)[..., :n, : k // BLOCK]
+    return t._with(
+        qdata=pack_codes(codes).contiguous(), scale=scale.contiguous().view(torch.float8_e4m3fn), layout=CANONICAL
+    )
+
+
+STORAGES[FRAGMENTS] = Storage(
+    FRAGMENTS,
+    shapes=lambda n, k: (
+        (*_fragment_tiles(n, k)[:2], FRAGMENT_STEP_BYTES),
+        (_fragment_tiles(n, k)[0], _fragment_tiles(n, k)[2], FRAGMENT_SCALE_BYTES),
+    ),
+    canonicalize=_from_fragments,
+    rank=3,
+    encoded=True,
+)
+
+
+_PACK = {CANONICAL: lambda t: t, BLACKWELL: _to_blackwell, FRAGMENTS: _to_fragments}
+
+
+def layout_for(target: str, activation: str | None = None) -> str:
+    """The layout tag of weights that a target's kernels read in a numeric mode (by default the target's own mode).
+
+    Raises:
+        TargetError: unknown target, or one that has no kernels for the mode.
+    """
+    row = get_target(target)
+    mode = activation or next(iter(row.layouts))
+    if mode not in row.layouts:
+        raise TargetError(f"{target} has no layout for activation={mode!r}; it has {', '.join(row.layouts)}")
+    return row.layouts[mode]
+
+
+def prepare(tensor: NVFP4Tensor, target: str, *, activation: str | None = None) -> NVFP4Tensor:
     """The layout that a target's kernels read. ``prepare(t, target).canonical()`` is ``t``, bit for bit.
 
     Args:
         tensor: in any layout.
-        target: ``"sm_100a"``, ``"sm_120a"``, ``"sm_121a"`` (one layout for the three), or ``"canonical"``.
+        target: ``"sm_90a"``, ``"sm_100a"``, ``"sm_120a"``, ``"sm_121a"``, or ``"canonical"``.
+        activation: the numeric mode the tensor will be used in: ``"nvfp4"`` (W4A4) or ``"bf16"`` (W4A16, weights only);
+            by default the target's own: bf16 on sm_90a, nvfp4 on Blackwell.
 
     Returns:
-        The tensor in that layout, on the same device; itself if it is so already. For the Blackwell targets qdata is
-        uint8 [..., N, Kp/2], Kp = K rounded up to 32, and scale is float8_e4m3fn
-        [..., ceil(N/128), ceil(K/64), 512], both padded with zeros.
+        The tensor in that layout, on the same device; itself if it is so already.
+
+        * ``blackwell``: qdata uint8 [..., N, Kp/2], Kp = K rounded up to 32; scale float8_e4m3fn
+          [..., ceil(N/128), ceil(K/64), 512]; pads are zeros.
+        * ``fragments``: qdata uint8 [..., ceil(N/16), ceil(K/64), 512], scale [..., ceil(N/16), ceil(K/256), 256], both
+          re-encoded bit for bit (:mod:`nvfp4dsl.layouts`).
 
     Raises:
-        TargetError: unknown target, or one that has no layout yet.
+        TargetError: unknown target, or one that has no layout for the mode.
     """
-    layout = TARGET_LAYOUT.get(target)
-    if layout is None:
-        known = ", ".join(sorted(TARGET_LAYOUT))
-        if target in _PLANNED:
-            raise TargetError(f"there is no prepared layout for {target} yet: it comes with its kernels; now: {known}")
-        raise TargetError(f"unknown target {target!r}; known: {', '.join(sorted((*TARGET_LAYOUT, *_PLANNED)))}")
-    if tensor.layout == layout:
-        return tensor
-    tensor = tensor.canonical()
-    return tensor if layout == CANONICAL else _to_blackwell(tensor)
+    layout = CANONICAL if target == CANONICAL else layout_for(target, activation)
+    return tensor if tensor.layout == layout else _PACK[layout](tensor.canonical())

@@ -102,7 +102,7 @@ def quantize(
     return template._with(qdata=pack_codes(codes.reshape(storage)), scale=scale)
 
 
-def _scaled_codes(t: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
+def scaled_codes(t: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:
     """code * block scale, [..., N, K]: at most 6 significant bits, exact in bf16 and wider."""
     t = t.canonical()
     blocks = decode_codes(unpack_codes(t.qdata), dtype).unflatten(-1, (-1, BLOCK))
@@ -116,7 +116,7 @@ def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tens
     dtype, where it is exact too), then to ``dtype``.
     """
     working = torch.float64 if dtype == torch.float64 else torch.float32
-    return (_scaled_codes(t, working) * t.row_scale().to(working).unsqueeze(-1)).to(dtype)
+    return (scaled_codes(t, working) * t.row_scale().to(working).unsqueeze(-1)).to(dtype)
 
 
 def check_operands(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> None:
@@ -183,7 +183,7 @@ def gemm(
     """
     check_operands(a, b, bias, out_dtype)
     # Products of two 6-bit numbers sum exactly; the global scales come last, and round once.
-    acc = _scaled_codes(a, torch.float64) @ _scaled_codes(b, torch.float64).transpose(-2, -1)
+    acc = scaled_codes(a, torch.float64) @ scaled_codes(b, torch.float64).transpose(-2, -1)
     alpha = a.row_scale().double().unsqueeze(-1) * b.row_scale().double().unsqueeze(-2)
     y = acc * alpha
     return (y if bias is None else y + bias.double()).to(out_dtype)

@@ -26,7 +26,7 @@ class Target:
         min_ptx: least PTX ISA that knows ``.target <name>``.
         min_driver: least driver, for CUDA 13.0 objects.
         min_dsl: least nvidia-cutlass-dsl that compiles for it without help.
-        layout: layout tag of a prepared :class:`~nvfp4dsl.formats.NVFP4Tensor`.
+        layouts: numeric mode -> layout tag of the weights its kernels read; the first mode is the target's own.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Target:
     min_ptx: tuple[int, int]
     min_driver: int
     min_dsl: str
-    layout: str
+    layouts: dict[str, str]
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -65,14 +65,14 @@ TARGETS: dict[str, Target] = {
         Target(
             name="sm_90a",
             chips="H100, H200",
-            mainloops={"bf16": ("wgmma", "hmma")},
+            mainloops={"bf16": ("hmma", "wgmma")},
             smem_per_block=227 * KIB,
             tmem_columns=0,
             max_cluster=8,
             min_ptx=(8, 0),
             min_driver=580,
             min_dsl="4.4.2",
-            layout="hopper",
+            layouts={"bf16": "fragments"},
         ),
         Target(
             name="sm_100a",
@@ -84,7 +84,7 @@ TARGETS: dict[str, Target] = {
             min_ptx=(8, 6),
             min_driver=580,
             min_dsl="4.4.2",
-            layout="blackwell",
+            layouts={"nvfp4": "blackwell", "bf16": "fragments"},
         ),
         Target(
             name="sm_120a",
@@ -96,7 +96,7 @@ TARGETS: dict[str, Target] = {
             min_ptx=(8, 7),
             min_driver=580,
             min_dsl="4.4.2",
-            layout="blackwell",
+            layouts={"nvfp4": "blackwell", "bf16": "fragments"},
         ),
         Target(
             name="sm_121a",
@@ -108,7 +108,7 @@ TARGETS: dict[str, Target] = {
             min_ptx=(8, 8),
             min_driver=580,
             min_dsl="4.5.1",
-            layout="blackwell",
+            layouts={"nvfp4": "blackwell", "bf16": "fragments"},
         ),
     )
 }

@@ -107,11 +107,11 @@ def _target(target: Target, as_json: bool) -> dict[str, Any]:
 
 def _try_compile(target: Target, as_json: bool) -> str:
     spec = GemmSpec()
-    if reasons := legal(spec, TILES[0], target):
+    if reasons := legal(spec, TILES["nvfp4"][0], target):
         return f"no: {reasons[0]}"
     try:
         with progress(f"compiling for {target.name}", as_json):
-            jit.compile(spec, TILES[0], target.name)
+            jit.compile(spec, TILES["nvfp4"][0], target.name)
     except NVFP4Error as error:
         return f"no: {error}"
     return "yes"

@@ -28,7 +28,7 @@ FAULTS = {kind.__name__: kind for kind in Fault.__subclasses__()}
 def compile_(target: str, tile: str | None, out_dtype: str, bias: str | None, ptx: Path | None, as_json: bool) -> None:
     """Compile the dense W4A4 kernel for a target, with no GPU, and say what came out."""
     spec = GemmSpec(out_dtype=out_dtype, bias=bias)
-    config = TileConfig.parse(tile) if tile else TILES[0]
+    config = TileConfig.parse(tile) if tile else TILES["nvfp4"][0]
     start = time.perf_counter()
     with progress(f"compiling {config} for {target}", as_json):
         kernel = jit.compile(spec, config, target)

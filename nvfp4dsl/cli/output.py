@@ -31,7 +31,7 @@ target_option = click.option(
     "--target", default="sm_121a", show_default=True, metavar="|".join(TARGETS), help="Instruction set."
 )
 tile_option = click.option(
-    "--tile", metavar="MxNxK", help=f"Tile, one of {', '.join(map(str, TILES))}, or a legal one."
+    "--tile", metavar="MxNxK", help=f"Tile, one of {', '.join(map(str, TILES['nvfp4']))}, or a legal one."
 )
 out_dtype_option = click.option(
     "--out-dtype", type=click.Choice(list(FLOAT_BYTES)), default="bf16", show_default=True, help="Output type."

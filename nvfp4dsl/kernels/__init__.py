@@ -9,10 +9,12 @@ from cutlass import Int32, Uint8
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, plan
+from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
-from nvfp4dsl.layouts import SCALE_ATOM_BYTES
+from nvfp4dsl.kernels.skinny import SkinnyGemm
+from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, SCALE_ATOM_BYTES
 from nvfp4dsl.targets import get_target
 
 TMA_STRIDE_BYTES = 16
@@ -20,7 +22,7 @@ TMA_STRIDE_BYTES = 16
 __all__ = ["Gemm", "build"]
 
 
-def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm, tuple]:
+def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | SkinnyGemm, tuple]:
     """The kernel object and the fake arguments that ``cute.compile`` traces it with.
 
     Extents are symbols, so one object serves every M, N, K and batch. Symbols that are shared are checked at each call.
@@ -30,8 +32,20 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm, tuple]:
         TargetError: unknown target.
     """
     planned = plan(spec, tile, target)
+    if spec.activation == "bf16":
+        return SkinnyGemm(planned), _skinny_arguments(spec)
     mainloop = MAINLOOPS[get_target(target).mainloops[spec.activation][0]]
     return Gemm(planned, mainloop), _fake_arguments(spec)
+
+
+def _compact(dtype, *shape, align=TMA_STRIDE_BYTES):
+    order = tuple(reversed(range(len(shape))))
+    return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
+
+
+def _strided(name, *shape):
+    strides = tuple(cute.sym_int64() for _ in shape)
+    return make_fake_tensor(FLOAT_TYPES[name], shape, strides, assumed_align=FLOAT_BYTES[name])
 
 
 def _fake_arguments(spec: GemmSpec) -> tuple:
@@ -39,27 +53,35 @@ def _fake_arguments(spec: GemmSpec) -> tuple:
     aligned_n = TMA_STRIDE_BYTES // FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 1
     n = cute.sym_int(divisibility=aligned_n)
 
-    def compact(dtype, *shape, align=TMA_STRIDE_BYTES):
-        order = tuple(reversed(range(len(shape))))
-        return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
-
-    def strided(name, *shape):
-        strides = tuple(cute.sym_int64() for _ in shape)
-        return make_fake_tensor(FLOAT_TYPES[name], shape, strides, assumed_align=FLOAT_BYTES[name])
-
     def scales():
-        return compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
+        return _compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
 
-    out = FLOAT_TYPES[spec.out_dtype]
+    out, out_align = FLOAT_TYPES[spec.out_dtype], TMA_STRIDE_BYTES if spec.aligned_rows else FLOAT_BYTES[spec.out_dtype]
     return (
-        compact(Uint8, batch, m, k_bytes),
+        _compact(Uint8, batch, m, k_bytes),
         scales(),
-        compact(Uint8, batch, n, k_bytes),
+        _compact(Uint8, batch, n, k_bytes),
         scales(),
-        strided("fp32", batch),
-        strided("fp32", batch, n),
-        strided(spec.bias, n) if spec.bias else None,
-        compact(out, batch, m, n, align=TMA_STRIDE_BYTES if spec.aligned_rows else FLOAT_BYTES[spec.out_dtype]),
+        _strided("fp32", batch),
+        _strided("fp32", batch, n),
+        _strided(spec.bias, n) if spec.bias else None,
+        _compact(out, batch, m, n, align=out_align),
+        Int32(1),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+
+
+def _skinny_arguments(spec: GemmSpec) -> tuple:
+    batch, m, n, k = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
+    tiles = cute.sym_int()
+    x_strides = (cute.sym_int64(divisibility=8), cute.sym_int64(divisibility=8), 1)
+    return (
+        make_fake_tensor(FLOAT_TYPES["bf16"], (batch, m, k), x_strides, assumed_align=16),
+        _compact(Uint8, batch, tiles, cute.sym_int(), FRAGMENT_STEP_BYTES),
+        _compact(Uint8, batch, tiles, cute.sym_int(), FRAGMENT_SCALE_BYTES),
+        _strided("fp32", batch, n),
+        _strided(spec.bias, n) if spec.bias else None,
+        _compact(FLOAT_TYPES[spec.out_dtype], batch, m, n, align=FLOAT_BYTES[spec.out_dtype]),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )

@@ -16,6 +16,7 @@ from nvfp4dsl.config import (
     Plan,
     scale_atoms,
 )
+from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES, Epilogue, Scaling
 from nvfp4dsl.kernels.instructions import shared_address
 from nvfp4dsl.kernels.mainloops import Mainloop, Stage
@@ -180,7 +181,7 @@ class Gemm:
     def _allocate(self) -> dict[str, cute.Pointer]:
         """Allocate the plan's fields in order; the allocator's total is what the launch asks for."""
         types = {"barriers": Int64, "sfa": Int64, "sfb": Int64, "c": FLOAT_TYPES[self.plan.spec.out_dtype]}
-        allocator = cutlass.memory.SmemAllocator()
+        allocator = SmemAllocator()
         return {
             field.name: cute.recast_ptr(
                 allocator.allocate(field.bytes, field.align), dtype=types.get(field.name, Uint8)

@@ -7,9 +7,11 @@ anything that touches memory is volatile, so it stays where it is written relati
 from collections.abc import Sequence
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32
+from cutlass import BFloat16, Float16, Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
+
+from nvfp4dsl.layouts import FRAGMENT_LAST_BIT_ROTATION, FRAGMENT_ROTATIONS
 
 _OMMA = "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3"
 
@@ -126,3 +128,118 @@ def pack_half2(low: Float32, high: Float32, dtype: type, *, loc=None, ip=None) -
 def shared_address(pointer: cute.Pointer) -> Int32:
     """The 32-bit address of a shared-memory pointer."""
     return Int32(pointer.toint())
+
+
+@dsl_user_op
+def hmma(
+    c: Sequence[Float32], a: Sequence[Int32], b: Sequence[Int32], *, loc=None, ip=None
+) -> tuple[Float32, Float32, Float32, Float32]:
+    """One warp-level bf16 MMA, m16n8k16. With g = lane / 4, t = lane % 4: ``a`` holds rows g, g+8 at k 2t, 2t+1, then
+    both at k+8; ``b`` column g at k 2t, 2t+1 and k+8; ``c`` as for :func:`omma`.
+    """
+    result = _asm(
+        llvm.StructType.get_literal([T.f32()] * 4),
+        [*a, *b, *c],
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        pure=True,
+        loc=loc,
+        ip=ip,
+    )
+    return _unpack(result, 4, Float32, loc, ip)
+
+
+@dsl_user_op
+def decode_e2m1x8(word: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
+    """Eight codes of a word in fragment order (:mod:`nvfp4dsl.layouts`) as four pairs of bf16, times 2^-126.
+
+    Nine operations, two of which (the shifts left) the compiler may give to the multiplier.
+    """
+    first, second, third, _ = FRAGMENT_ROTATIONS
+    mask, rest, last = "0x81C081C0", "0x80C080C0", "0x01000100"
+    text = (
+        "{ .reg .b32 u, v; "
+        f"shl.b32 u, $4, {first}; and.b32 $0, u, {mask}; "
+        f"shf.l.wrap.b32 u, $4, $4, {second}; and.b32 $1, u, {mask}; "
+        f"shf.l.wrap.b32 u, $4, $4, {third}; and.b32 $2, u, {mask}; "
+        f"shl.b32 u, $4, {FRAGMENT_LAST_BIT_ROTATION}; and.b32 u, u, {last}; and.b32 v, $4, {rest}; or.b32 $3, u, v; }}"
+    )
+    result = _asm(
+        llvm.StructType.get_literal([T.i32()] * 4), [word], text, "=&r,=&r,=&r,=&r,r", pure=True, loc=loc, ip=ip
+    )
+    return _unpack(result, 4, Int32, loc, ip)
+
+
+@dsl_user_op
+def mul_bf16x2(x: Int32, y: Int32, *, loc=None, ip=None) -> Int32:
+    """Two bf16 products, subnormals kept."""
+    return Int32(_asm(T.i32(), [x, y], "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", pure=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
+    """Four neighbouring 32-bit words from shared memory; the address a multiple of 16."""
+    text = "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];"
+    result = _asm(
+        llvm.StructType.get_literal([T.i32()] * 4), [address], text, "=r,=r,=r,=r,r", pure=False, loc=loc, ip=ip
+    )
+    return _unpack(result, 4, Int32, loc, ip)
+
+
+@dsl_user_op
+def load_shared_v2(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32]:
+    """Two neighbouring 32-bit words from shared memory; the address a multiple of 8."""
+    text = "ld.shared.v2.b32 {$0,$1}, [$2];"
+    result = _asm(llvm.StructType.get_literal([T.i32()] * 2), [address], text, "=r,=r,r", pure=False, loc=loc, ip=ip)
+    return _unpack(result, 2, Int32, loc, ip)
+
+
+@dsl_user_op
+def load_global_v4(address: Int64, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
+    """Four neighbouring 32-bit words from global memory; the address a multiple of 16."""
+    text = "ld.global.v4.b32 {$0,$1,$2,$3}, [$4];"
+    result = _asm(
+        llvm.StructType.get_literal([T.i32()] * 4), [address], text, "=r,=r,=r,=r,l", pure=False, loc=loc, ip=ip
+    )
+    return _unpack(result, 4, Int32, loc, ip)
+
+
+@dsl_user_op
+def load_global_v4_if(
+    address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None
+) -> tuple[Int32, Int32, Int32, Int32]:
+    """:func:`load_global_v4` where ``index < limit``, else zeros; nothing is read then."""
+    text = (
+        "{ .reg .pred p; setp.lt.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
+    )
+    result = _asm(
+        llvm.StructType.get_literal([T.i32()] * 4),
+        [address, index, limit],
+        text,
+        "=&r,=&r,=&r,=&r,l,r,r",
+        pure=False,
+        loc=loc,
+        ip=ip,
+    )
+    return _unpack(result, 4, Int32, loc, ip)
+
+
+@dsl_user_op
+def extract_byte(word: Int32, index: int, *, loc=None, ip=None) -> Int32:
+    """Byte ``index`` (0: lowest) of a word, zero-extended."""
+    return Int32(_asm(T.i32(), [word], f"prmt.b32 $0, $1, 0, 0x444{index};", "=r,r", pure=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def bulk_load(destination: Int32, source: Int64, size: Int32, barrier: Int32, *, loc=None, ip=None) -> None:
+    """Asynchronous copy of ``size`` contiguous bytes (a multiple of 16) to shared memory; counts on ``barrier``."""
+    _asm(
+        None,
+        [destination, source, size, barrier],
+        "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+        "r,l,r,r",
+        pure=False,
+        loc=loc,
+        ip=ip,
+    )

@@ -46,7 +46,7 @@ def test_batch(target, random_operands):
     check(emulated(a, b, target, out_dtype=torch.float32), a, b)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", TILES["nvfp4"], ids=str)
 @pytest.mark.parametrize("out_dtype", list(TOLERANCE), ids=str)
 def test_tiles_and_output_types(tile, out_dtype, random_operands):
     a, b = random_operands(150, 200, 336, seed=1)
@@ -80,7 +80,11 @@ def test_any_order_gives_the_same_bits(seed, random_operands):
 
 
 @settings(max_examples=10, deadline=None)
-@given(testing.tiles(nv.GemmSpec(out_dtype="fp32")), testing.shapes(max_m=300, max_n=300, max_k=400), st.sampled_from(list(TOLERANCE)))
+@given(
+    testing.tiles(nv.GemmSpec(out_dtype="fp32")),
+    testing.shapes(max_m=300, max_n=300, max_k=400),
+    st.sampled_from(list(TOLERANCE)),
+)
 def test_any_legal_tile_on_any_shape(tile, shape, out_dtype):
     a, b = (nv.quantize(torch.randn(rows, shape[2], generator=torch.Generator().manual_seed(0))) for rows in shape[:2])
     check(emulated(a, b, "sm_121a", tile=tile, out_dtype=out_dtype), a, b)
@@ -103,7 +107,7 @@ def _one_hot(rows, k, first):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", TILES["nvfp4"], ids=str)
 def test_one_hot_probe_returns_the_weight_bit_for_bit(target, tile):
     k, n = 272, 168
     weight = _probe(n, k, seed=8)

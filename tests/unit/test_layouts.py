@@ -1,13 +1,29 @@
 """Layouts as integer maps: hand-picked values, and what prepare makes of them."""
 
+import itertools
+
 import pytest
 import torch
 
+from nvfp4dsl.constants import E2M1_VALUES
 from nvfp4dsl.errors import OperandError, TargetError
-from nvfp4dsl.formats import NVFP4Tensor
-from nvfp4dsl.layouts import IntLayout, packed_k, scale_coordinate, scale_layout, scale_offset, scale_tiles
+from nvfp4dsl.formats import NVFP4Tensor, pack_codes
+from nvfp4dsl.layouts import (
+    FRAGMENT_LAST_BIT_ROTATION,
+    FRAGMENT_ROTATIONS,
+    FRAGMENT_SCALE_OFFSET,
+    IntLayout,
+    fragment_scale_offset,
+    fragment_word,
+    fragment_word_bit,
+    packed_k,
+    scale_coordinate,
+    scale_layout,
+    scale_offset,
+    scale_tiles,
+)
 from nvfp4dsl.packing import prepare, swizzle_scales, unswizzle_scales
-from nvfp4dsl.testing import assert_bijective
+from nvfp4dsl.testing import assert_bijective, assert_identical
 
 
 @pytest.mark.parametrize(
@@ -118,15 +134,78 @@ def test_prepare_of_a_canonical_tensor_for_canonical_is_itself():
 
 
 def test_unknown_target_lists_the_known():
-    with pytest.raises(
-        TargetError, match=r"unknown target 'sm_86'; known: canonical, sm_100a, sm_120a, sm_121a, sm_90a"
-    ):
+    with pytest.raises(TargetError, match=r"unknown target 'sm_86'; known targets: sm_90a, sm_100a, sm_120a, sm_121a"):
         prepare(tensor(8, 32), "sm_86")
 
 
-def test_hopper_is_not_there_yet_and_says_so():
-    with pytest.raises(TargetError, match=r"no prepared layout for sm_90a yet"):
-        prepare(tensor(8, 32), "sm_90a")
+def test_a_mode_without_a_layout_is_refused():
+    with pytest.raises(TargetError, match=r"sm_90a has no layout for activation='nvfp4'; it has bf16"):
+        prepare(tensor(8, 32), "sm_90a", activation="nvfp4")
+
+
+def test_layouts_by_target_and_mode():
+    t = tensor(8, 32)
+    assert prepare(t, "sm_90a").layout == prepare(t, "sm_121a", activation="bf16").layout == "fragments"
+    assert prepare(t, "sm_121a").layout == prepare(t, "sm_100a", activation="nvfp4").layout == "blackwell"
+
+
+def test_fragment_words_use_every_bit_once():
+    bits = [fragment_word_bit(value, bit) for value in range(8) for bit in range(4)]
+    assert sorted(bits) == list(range(32))
+
+
+def test_fragment_places_are_each_hit_once():
+    words = [fragment_word(row, k) for row in range(16) for k in range(0, 64, 8)]
+    assert sorted(words) == list(range(128))
+    scales = [fragment_scale_offset(row, block) for row in range(16) for block in range(16)]
+    assert sorted(scales) == list(range(256))
+
+
+def test_fragment_words_decode_as_the_kernel_decodes_them():
+    """Shift or rotate, mask, and the pairs are bf16 of the codes' values times 2^-126."""
+    codes = torch.randint(0, 16, (16, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scale = torch.full((16, 4), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    t = prepare(NVFP4Tensor(pack_codes(codes), scale, torch.tensor(1.0)), "sm_90a")
+    words = t.qdata.view(torch.int32).flatten()
+    for row, k in itertools.product(range(16), range(0, 64, 8)):
+        word = int(words[fragment_word(row, k)]) & 0xFFFFFFFF
+
+        def rotated(by, word=word):
+            return (word << by | word >> 32 - by) & 0xFFFFFFFF
+
+        pairs = [rotated(by) & 0x81C081C0 for by in FRAGMENT_ROTATIONS[:3]]
+        pairs.append(word & 0x80C080C0 | word << FRAGMENT_LAST_BIT_ROTATION & 0x01000100)
+        halves = torch.tensor([half for p in pairs for half in (p & 0xFFFF, p >> 16)], dtype=torch.int32)
+        values = (halves << 16).view(torch.float32).double() * 2.0**126
+        assert values.tolist() == [E2M1_VALUES[c] for c in codes[row, k : k + 8].tolist()]
+
+
+def test_fragment_scales_become_bf16_by_a_shift_and_an_add():
+    """Every finite e4m3 scale, subnormals and zero included, times 2^107."""
+    scales = torch.arange(0x7F, dtype=torch.uint8)
+    k = 16 * 127
+    t = NVFP4Tensor(
+        torch.zeros(1, k // 2, dtype=torch.uint8), scales.view(torch.float8_e4m3fn)[None], torch.tensor(1.0)
+    )
+    strip = prepare(t, "sm_90a").scale.view(torch.uint8)[0]
+    for block in range(127):
+        byte = int(strip[block // 16, fragment_scale_offset(0, block % 16)])
+        bits = torch.tensor([(byte * 16 + FRAGMENT_SCALE_OFFSET) << 16 & 0xFFFFFFFF], dtype=torch.int64)
+        value = bits.to(torch.int32).view(torch.float32).double() * 2.0**-107
+        assert value.item() == t.scale[0, block].double().item()
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (1, 16), (35, 48), (3, 20, 272), (129, 1040)])
+def test_fragments_are_undone_bit_for_bit(shape):
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.randint(0, 0x7F, (*shape[:-1], shape[-1] // 16), dtype=torch.uint8, generator=generator)
+    scale[..., 0] = 0x80  # a negative zero keeps its sign
+    qdata = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, generator=generator)
+    t = NVFP4Tensor(qdata, scale.view(torch.float8_e4m3fn), torch.tensor(0.5))
+    prepared = prepare(t, "sm_90a")
+    assert prepared.shape == t.shape
+    assert prepared.batch_shape == t.batch_shape
+    assert_identical(prepared.canonical(), t)
 
 
 def test_swizzling_refuses():

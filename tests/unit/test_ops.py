@@ -93,7 +93,7 @@ def test_bad_input_is_a_typed_error(case):
     [
         (lambda x, w, p: nv.mm(nv.prepare(w, "sm_121a"), w), nv.LayoutError, "prepare"),
         (lambda x, w, p: nv.linear(x, w, activation="nvfp4"), nv.LayoutError, "prepare"),
-        (lambda x, w, p: nv.linear(x, p), nv.TargetError, "activation='nvfp4'"),
+        (lambda x, w, p: nv.linear(x, p), nv.LayoutError, "activation='bf16'"),
         (lambda x, w, p: nv.linear(x, p, activation="nvfp4", bias=_random(3)), nv.OperandError, "bias"),
         (lambda x, w, p: nv.mm(p, p, tile="256x256x128"), nv.TileError, "128"),
         (lambda x, w, p: nv.mm(p, p, tile="128x128x256x9"), nv.TileError, "101376"),
@@ -137,10 +137,10 @@ def test_a_gradient_of_the_weight_is_refused():
 
 def test_operators_pass_opcheck():
     x, w, bias = _random(3, 32), nv.quantize(_random(5, 32, seed=1)), _random(5)
-    parts = (w.qdata, w.scale.view(torch.uint8), w.global_scale, w.layout)
-    torch.library.opcheck(torch.ops.nvfp4dsl.mm.default, (*parts, *parts, [], 32, bias, torch.bfloat16))
+    parts = (w.qdata, w.scale.view(torch.uint8), w.global_scale, w.layout, w.n, w.k)
+    torch.library.opcheck(torch.ops.nvfp4dsl.mm.default, (*parts, *parts, [], bias, torch.bfloat16))
     for activation in ("bf16", "nvfp4"):
-        args = (x.float().requires_grad_(), *parts, [], 32, bias, activation)
+        args = (x.float().requires_grad_(), *parts, [], bias, activation)
         torch.library.opcheck(torch.ops.nvfp4dsl.linear.default, args)
 
 

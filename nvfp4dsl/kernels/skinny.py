@@ -1,0 +1,326 @@
+"""The skinny GEMM: few tokens against NVFP4 weights, which are decoded in registers and multiplied by bf16 mma.sync.
+
+At decode every weight is read once, so the weights' bytes are the cost, and the kernel is a stream of them. One source
+serves every target: it uses nothing that sm_90a has and sm_12x has not.
+"""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Float32, Int32, Int64, Uint8
+
+from nvfp4dsl.config import MMA_N, MMA_WARPS, PARTIAL_PITCH, WARP, Plan
+from nvfp4dsl.constants import BLOCK
+from nvfp4dsl.kernels.compat import SmemAllocator
+from nvfp4dsl.kernels.instructions import (
+    bulk_load,
+    decode_e2m1x8,
+    extract_byte,
+    fma,
+    hmma,
+    load_global_v4,
+    load_global_v4_if,
+    load_shared_v2,
+    load_shared_v4,
+    mul_bf16x2,
+    shared_address,
+)
+from nvfp4dsl.layouts import (
+    FRAGMENT_EXPONENT,
+    FRAGMENT_K,
+    FRAGMENT_ROWS,
+    FRAGMENT_SCALE_BYTES,
+    FRAGMENT_SCALE_OFFSET,
+    FRAGMENT_SCALE_STEPS,
+    FRAGMENT_STEP_BYTES,
+)
+
+REDUCTION_BARRIER = 1
+CHUNK_STEPS = FRAGMENT_SCALE_STEPS
+CHUNK_CODES = CHUNK_STEPS * FRAGMENT_STEP_BYTES
+
+
+class SkinnyGemm:
+    """``Y[l] = X[l] @ W[l].T * alpha (+ bias)``, X in bf16, W in NVFP4, fragment order.
+
+    A CTA computes 16 output columns (rows of W) for all tokens of its tile; its eight warps split K. A warp feeds
+    itself: chunks of 16 rows x 256 k are contiguous in memory, so one lane asks for the next by bulk copies as soon as
+    the warp has read the last, and no two warps wait for each other until their partial sums are added, in a fixed
+    order.
+
+    ====================  ==========  ===================================================
+    barrier               count       arrivals a phase
+    ====================  ==========  ===================================================
+    full[warp][stage]     8 x stages  1 (lane 0, with the chunk's bytes), completed by TMA
+    named barrier 1       1           256 threads: partial sums are written
+    ====================  ==========  ===================================================
+
+    Launched with programmatic dependent launch, the weights are requested before ``griddepcontrol.wait``: they never
+    depend on the kernel before.
+
+    Call arguments: ``x`` (L, M, K) bf16, K contiguous, rows on 16 bytes; ``codes`` (L, N/16, K/64, 512) u8; ``scales``
+    (L, N/16, K/256, 256) u8; ``alpha`` (L, N) fp32; ``bias`` (N) or None; ``y`` (L, M, N); ``max_ctas``.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,
+        codes: cute.Tensor,
+        scales: cute.Tensor,
+        alpha: cute.Tensor,
+        bias: cute.Tensor | None,
+        y: cute.Tensor,
+        max_ctas: Int32,
+        stream,
+    ):
+        row_tiles = codes.shape[1]
+        token_tiles = cute.ceil_div(y.shape[1], self.plan.tile.m)
+        self.kernel(x, codes, scales, alpha, bias, y).launch(
+            grid=[cutlass.min(row_tiles, max_ctas * self.plan.ctas_per_sm), token_tiles, y.shape[0]],
+            block=[MMA_WARPS * WARP, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=self.plan.ctas_per_sm,
+            preferred_smem_carveout=100,  # percent: left out, the compiler would ask a driver
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor,
+        mCodes: cute.Tensor,
+        mScales: cute.Tensor,
+        mAlpha: cute.Tensor,
+        mBias: cute.Tensor | None,
+        mY: cute.Tensor,
+    ):
+        cute.arch.griddepcontrol_launch_dependents()
+        plan = self.plan
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        lane = cute.arch.lane_idx()
+        allocator = SmemAllocator()
+        smem = {f.name: cute.recast_ptr(allocator.allocate(f.bytes, f.align), dtype=Uint8) for f in plan.smem}
+
+        first, token_tile, batch = cute.arch.block_idx()
+        weights = WeightStream(plan, mCodes, mScales, smem, batch, warp, lane)
+        weights.init_barriers()
+        SkinnyWarp(
+            plan,
+            weights,
+            TokenFragments(plan, mX, batch, token_tile, lane),
+            Outputs(plan, mAlpha, mBias, mY, smem["partials"], batch, token_tile, warp, lane),
+        ).run(first, cute.arch.grid_dim()[0])
+
+
+class SkinnyWarp:
+    """What each of the eight warps does: stream its share of the weights, tile after tile of 16 rows.
+
+    A CTA keeps to one token tile and one matrix of the batch; it walks the row tiles ``blockIdx.x, + gridDim.x, ...``.
+    """
+
+    def __init__(self, plan, weights, tokens, outputs):
+        self.plan = plan
+        self.weights, self.tokens, self.outputs = weights, tokens, outputs
+
+    @cute.jit
+    def run(self, first: Int32, stride: Int32):
+        plan, tiles, chunks = self.plan, self.weights.row_tiles, self.weights.chunks
+        # The next chunk to ask for; a warp whose share of K is empty never asks.
+        next_tile, next_chunk = first, Int32(0)
+        if chunks <= 0:
+            next_tile = tiles
+        for stage in cutlass.range_constexpr(plan.stages):
+            self.weights.request(next_tile, next_chunk, Int32(stage))
+            next_chunk += 1
+            if next_chunk == chunks:
+                next_chunk = Int32(0)
+                next_tile += stride
+
+        # What the kernel before wrote may be read, and what it read overwritten, only from here on.
+        cute.arch.griddepcontrol_wait()
+        accumulators = cute.make_rmem_tensor((4, plan.tile.m // MMA_N), Float32)
+        stage, phase, buffer = Int32(0), Int32(0), Int32(0)
+        for tile in cutlass.range(first, tiles, stride, unroll=1):
+            accumulators.fill(0.0)
+            for chunk in cutlass.range(chunks, unroll=1):
+                x = self.tokens.load(self.weights.first_step(chunk), self.weights.steps)
+                self.weights.wait(stage, phase)
+                self.weights.multiply(accumulators, x, chunk, stage)
+                # all lanes have read the chunk: its place is free
+                cute.arch.sync_warp()
+                self.weights.request(next_tile, next_chunk, stage)
+                next_chunk += 1
+                if next_chunk == chunks:
+                    next_chunk = Int32(0)
+                    next_tile += stride
+                stage += 1
+                if stage == plan.stages:
+                    stage = Int32(0)
+                    phase ^= 1
+            # Two buffers of partial sums: a warp that comes back to one has passed the other's barrier, and so has
+            # every warp that still had to read it.
+            self.outputs.write_partials(accumulators, buffer)
+            self.outputs.reduce(tile, buffer)
+            buffer ^= 1
+
+
+class WeightStream:
+    """One warp's ring of weight chunks, and their decoding. Chunk c of a warp is the (8c + warp)-th of a tile."""
+
+    def __init__(self, plan, mCodes, mScales, smem, batch: Int32, warp: Int32, lane: Int32):
+        self.plan, self.mCodes, self.mScales = plan, mCodes, mScales
+        self.batch, self.warp, self.lane = batch, warp, lane
+        self.row_tiles = mCodes.shape[1]
+        self.full = cute.recast_ptr(smem["barriers"], dtype=Int64) + warp * plan.stages
+        self.codes = shared_address(smem["b"]) + warp * (plan.stages * CHUNK_CODES)
+        self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * FRAGMENT_SCALE_BYTES)
+        self.steps, groups = mCodes.shape[2], mScales.shape[2]
+        self.chunks = (groups - warp + (MMA_WARPS - 1)) // MMA_WARPS
+
+    def first_step(self, chunk: Int32) -> Int32:
+        """The k step (of 64) with which a chunk of this warp begins."""
+        return (chunk * MMA_WARPS + self.warp) * CHUNK_STEPS
+
+    @cute.jit
+    def init_barriers(self):
+        if self.lane == 0:
+            for stage in cutlass.range_constexpr(self.plan.stages):
+                cute.arch.mbarrier_init(self.full + stage, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def request(self, tile: Int32, chunk: Int32, stage: Int32):
+        """Ask for a chunk, the codes of up to four steps and their scales, unless the tiles are at an end."""
+        first = self.first_step(chunk)
+        size = Int32(CHUNK_CODES)
+        if cutlass.const_expr(not self.plan.spec.whole_chunks):
+            size = cutlass.min(self.steps - first, CHUNK_STEPS) * FRAGMENT_STEP_BYTES
+        barrier = self.full + stage
+        codes = self.mCodes.iterator + cute.crd2idx((self.batch, tile, first, 0), self.mCodes.layout)
+        group = first // CHUNK_STEPS
+        scales = self.mScales.iterator + cute.crd2idx((self.batch, tile, group, 0), self.mScales.layout)
+        codes_slot = self.codes + stage * CHUNK_CODES
+        scales_slot = self.scales + stage * FRAGMENT_SCALE_BYTES
+        if self.lane == 0 and tile < self.row_tiles:
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, size + FRAGMENT_SCALE_BYTES)
+            address = shared_address(barrier)
+            bulk_load(codes_slot, Int64(codes.toint()), size, address)
+            bulk_load(scales_slot, Int64(scales.toint()), Int32(FRAGMENT_SCALE_BYTES), address)
+
+    def wait(self, stage: Int32, phase: Int32) -> None:
+        cute.arch.mbarrier_wait(self.full + stage, phase)
+
+    @cute.jit
+    def multiply(self, accumulators: cute.Tensor, x: cute.Tensor, chunk: Int32, stage: Int32):
+        """Accumulate a chunk's steps; the last chunk of a row of W may have fewer than four."""
+        steps = Int32(CHUNK_STEPS)
+        if cutlass.const_expr(not self.plan.spec.whole_chunks):
+            steps = self.steps - self.first_step(chunk)
+        codes = self.codes + stage * CHUNK_CODES + self.lane * 16
+        scales = load_shared_v2(self.scales + stage * FRAGMENT_SCALE_BYTES + self.lane * 8)
+        for step in cutlass.range_constexpr(CHUNK_STEPS):
+            if cutlass.const_expr(self.plan.spec.whole_chunks) or step < steps:
+                words = load_shared_v4(codes + step * FRAGMENT_STEP_BYTES)
+                _multiply_step(accumulators, words, scales[step // 2], step % 2 * 2, x[None, None, step])
+
+
+def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: Int32, byte: int, x: cute.Tensor) -> None:
+    """16 rows x 64 k: decode, scale, four MMAs a token block.
+
+    Bytes ``byte`` and ``byte + 1`` of ``scales`` are those of row g and of row g + 8; MMA i takes k 4i .. 4i + 3 of
+    each lane's block.
+    """
+    low, high = (_bf16x2_scale(extract_byte(scales, i)) for i in (byte, byte + 1))
+    row_g = [mul_bf16x2(v, low) for word in words[:2] for v in decode_e2m1x8(word)]
+    row_g8 = [mul_bf16x2(v, high) for word in words[2:] for v in decode_e2m1x8(word)]
+    for p in range(0, 8, 2):
+        a = (row_g[p], row_g8[p], row_g[p + 1], row_g8[p + 1])
+        for j in range(cute.size(x, mode=[1])):
+            d = hmma([accumulators[e, j] for e in range(4)], a, (x[p, j], x[p + 1, j]))
+            for e in range(4):
+                accumulators[e, j] = d[e]
+
+
+def _bf16x2_scale(byte: Int32) -> Int32:
+    """A re-encoded scale as a pair of bf16, times 2^107: one multiply-add (see :mod:`nvfp4dsl.layouts`)."""
+    return byte * 0x00100010 + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
+
+
+class TokenFragments:
+    """The B fragments: for each token of a lane's group, the 32 contiguous bytes of its 16 k of a step."""
+
+    def __init__(self, plan: Plan, mX: cute.Tensor, batch: Int32, token_tile: Int32, lane: Int32):
+        self.plan, (_, m, k) = plan, mX.shape
+        # Tokens past the last read it again: their results are not stored.
+        tokens = [token_tile * plan.tile.m + j * MMA_N + lane // 4 for j in range(plan.tile.m // MMA_N)]
+        self.rows = [
+            Int64(mX[batch, cutlass.min(token, m - 1), None].iterator.toint()) + Int64(lane % 4 * (BLOCK * 2))
+            for token in tokens
+        ]
+        # steps in which this lane's block of 16 k lies within K
+        self.steps_with_x = (k - lane % 4 * BLOCK + FRAGMENT_K - 1) // FRAGMENT_K
+
+    def load(self, first_step: Int32, steps: Int32) -> cute.Tensor:
+        """(words, token blocks, steps) from global memory; zeros past K, where a number read might be infinite."""
+        x = cute.make_rmem_tensor((8, len(self.rows), CHUNK_STEPS), Int32)
+        for j, row in enumerate(self.rows):
+            address = row + Int64(first_step) * (FRAGMENT_K * 2)
+            for step in range(CHUNK_STEPS):
+                for half in range(2):
+                    source = address + (step * FRAGMENT_K * 2 + half * 16)
+                    if self.plan.spec.whole_chunks:
+                        words = load_global_v4(source)
+                    else:
+                        words = load_global_v4_if(source, first_step + step, self.steps_with_x)
+                    for i in range(4):
+                        x[half * 4 + i, j, step] = words[i]
+        return x
+
+
+class Outputs:
+    """Partial sums of the eight warps through shared memory, added in a fixed order, scaled and stored."""
+
+    def __init__(self, plan, mAlpha, mBias, mY, partials: cute.Pointer, batch, token_tile, warp: Int32, lane: Int32):
+        self.plan, self.mAlpha, self.mBias, self.mY = plan, mAlpha, mBias, mY
+        self.batch, self.token_tile, self.warp, self.lane = batch, token_tile, warp, lane
+        self.warp_floats = plan.tile.m * PARTIAL_PITCH
+        self.partials = cute.make_tensor(
+            cute.recast_ptr(partials, dtype=Float32),
+            cute.make_layout((FRAGMENT_ROWS, plan.tile.m, MMA_WARPS, 2), stride=(
+                1, PARTIAL_PITCH, self.warp_floats, self.warp_floats * MMA_WARPS
+            )),
+        )  # fmt: skip
+        self.barrier = pipeline.NamedBarrier(barrier_id=REDUCTION_BARRIER, num_threads=MMA_WARPS * WARP)
+
+    def write_partials(self, accumulators: cute.Tensor, buffer: Int32) -> None:
+        for j in range(self.plan.tile.m // MMA_N):
+            for e in range(4):
+                row, token = self.lane // 4 + e // 2 * 8, j * MMA_N + self.lane % 4 * 2 + e % 2
+                self.partials[row, token, self.warp, buffer] = accumulators[e, j]
+
+    @cute.jit
+    def reduce(self, row_tile: Int32, buffer: Int32):
+        """Each thread adds the eight partial sums of some outputs and stores them; 16 threads write 16 neighbours."""
+        self.barrier.arrive_and_wait()
+        mY, mBias, partials = self.mY, self.mBias, self.partials
+        _, m, n = mY.shape
+        thread, threads = self.warp * WARP + self.lane, MMA_WARPS * WARP
+        outputs = FRAGMENT_ROWS * self.plan.tile.m
+        for first in cutlass.range_constexpr(0, outputs, threads):
+            index = first + thread
+            row, token = index % FRAGMENT_ROWS, index // FRAGMENT_ROWS
+            column, y_row = row_tile * FRAGMENT_ROWS + row, self.token_tile * self.plan.tile.m + token
+            if index < outputs and column < n and y_row < m:
+                total = partials[row, token, 0, buffer]
+                for w in cutlass.range_constexpr(1, MMA_WARPS):
+                    total = total + partials[row, token, w, buffer]
+                alpha = self.mAlpha[self.batch, column] * Float32(2.0**-FRAGMENT_EXPONENT)
+                value = total * alpha
+                if cutlass.const_expr(self.plan.spec.bias is not None):
+                    value = fma(total, alpha, mBias[column].to(Float32))
+                mY[self.batch, y_row, column] = value.to(mY.element_type)

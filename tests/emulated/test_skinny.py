@@ -1,0 +1,125 @@
+"""The W4A16 kernel, compiled for each target and executed in the emulator."""
+
+import itertools
+
+import pytest
+import torch
+
+import nvfp4dsl as nv
+from nvfp4dsl import emulator
+from nvfp4dsl.emulator import mutate
+from nvfp4dsl.formats import NVFP4Tensor, pack_codes
+from nvfp4dsl.testing import assert_close, bits_differing
+
+# sm_100a only where one shape shows that the same source serves it
+SHAPES = [(1, 16, 16), (1, 40, 4096), (7, 35, 2880), (13, 64, 272), (20, 48, 1040), (70, 48, 528)]
+CASES = [*itertools.product(("sm_90a", "sm_121a"), SHAPES), ("sm_120a", SHAPES[3]), ("sm_100a", SHAPES[3])]
+
+
+def _random(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _linear(x, weight, target, bias=None, max_ctas=2, seed=0, activation=None):
+    prepared = nv.prepare(weight, target, activation="bf16")
+    with nv.emulate(target, max_ctas=max_ctas, seed=seed) as emulation:
+        y = nv.linear(x, prepared, bias, activation=activation)
+    assert [run.kernel.meta["spills"] for run in emulation.runs] == [0]
+    return y
+
+
+def _check(y, x, weight, bias=None):
+    weight = nv.dequantize(weight, torch.float64)
+    expected, magnitude = x.double() @ weight.mT, x.double().abs() @ weight.abs().mT
+    if bias is not None:
+        expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
+    # half a bf16 ulp of the output is 2^-9 of it; few outputs make for a noisy norm
+    assert_close(y, expected, norm=2e-3 if y.numel() > 64 else 4e-3, element=4e-3, magnitude=magnitude)
+
+
+@pytest.mark.parametrize(("target", "shape"), CASES, ids=str)
+def test_shapes(target, shape):
+    m, n, k = shape
+    x, weight = _random(m, k), nv.quantize(_random(n, k, seed=1))
+    _check(_linear(x, weight, target), x, weight)
+
+
+def test_batch_bias_and_row_ranges():
+    x, bias = _random(3, 5, 80), _random(37, seed=2, dtype=torch.float32)
+    weight = nv.quantize(_random(3, 37, 80, seed=1), row_ends=(10, 37), per_matrix=True)
+    _check(_linear(x, weight, "sm_90a", bias), x, weight, bias)
+
+
+def test_any_order_gives_the_same_bits():
+    """Partial sums are added in a fixed order, whichever warp comes first."""
+    x, weight = _random(3, 2304), nv.quantize(_random(80, 2304, seed=1))
+    results = [_linear(x, weight, "sm_90a", max_ctas=1, seed=seed) for seed in range(4)]
+    assert all(bits_differing(y, results[0]) == 0 for y in results)
+
+
+def test_one_hot_tokens_return_the_weight_bit_for_bit():
+    """Every code, every scale there is (zero and subnormals too), global 1: exact in bf16, whatever the K position."""
+    k, n = 272, 136
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    scale = (torch.arange(n * (k // 16)) % 0x7F).to(torch.uint8).view(n, -1)
+    weight = NVFP4Tensor(pack_codes(codes), scale.view(torch.float8_e4m3fn), torch.tensor(1.0))
+    expected = nv.dequantize(weight)
+    y = _linear(torch.eye(k, dtype=torch.bfloat16), weight, "sm_90a", max_ctas=4)
+    assert bits_differing(y.float().mT + 0.0, expected + 0.0) == 0
+
+
+def test_what_lies_past_k_is_never_multiplied():
+    """x is a view into rows that hold infinities behind K; zero codes times infinity would be NaN."""
+    wide = torch.full((4, 96), float("inf"), dtype=torch.bfloat16)
+    wide[:, :80] = _random(4, 80)
+    weight = nv.quantize(_random(16, 80, seed=1))
+    _check(_linear(wide[:, :80], weight, "sm_90a"), wide[:, :80], weight)
+
+
+def test_mode_nvfp4_on_hopper_computes_what_blackwell_would():
+    x, weight = _random(9, 272), nv.quantize(_random(40, 272, seed=1))
+    quantized = nv.dequantize(nv.quantize(x))
+    y = _linear(x, weight, "sm_90a", activation="nvfp4")
+    _check(y, quantized, weight)
+    blackwell = nv.linear(x, weight, activation="nvfp4")
+    assert_close(y, blackwell.double(), norm=3e-3, element=1e-2)
+
+
+def test_errors():
+    weight = nv.quantize(_random(16, 64))
+    with nv.emulate("sm_90a") as emulation:
+        with pytest.raises(nv.LayoutError, match="prepare"):
+            nv.linear(_random(2, 64), weight)
+        with pytest.raises(nv.OperandError, match="bfloat16"):
+            nv.linear(_random(2, 64, dtype=torch.float16), nv.prepare(weight, "sm_90a"))
+    with nv.emulate("sm_121a"), pytest.raises(nv.LayoutError, match="activation='bf16'"):
+        nv.linear(_random(2, 64), nv.prepare(weight, "sm_121a"))
+    assert emulation.runs == []
+
+
+def test_every_deleted_barrier_fence_and_wait_is_noticed():
+    launches = []
+    for m, n, k, ctas in ((3, 100, 2304, 1), (2, 40, 6400, 1)):
+        weight = nv.prepare(nv.quantize(_random(n, k, seed=1)), "sm_90a")
+        with nv.emulate("sm_90a", max_ctas=ctas) as emulation:
+            nv.linear(_random(m, k), weight)
+        (run,) = emulation.runs
+        launch = run.launch
+        launch.grid = (2, 1, 1)  # two CTAs for all row tiles: rings and buffers go round
+        launches.append(launch)
+    outcomes = mutate.survey(run.kernel.ptx, launches)
+    assert len(outcomes) >= 8
+    # One survives: the warp barrier after lane 0 initialised the warp's mbarriers. PTX wants it, so it stays; a warp
+    # that never diverged cannot tell, and the emulator orders a warp's lanes.
+    survivors = [o.mutant.instruction.split()[0] for o in outcomes if not o.verdict]
+    assert survivors == ["bar.warp.sync"]
+
+
+def test_the_emulator_runs_it_without_tolerance():
+    x, weight = _random(2, 512), nv.quantize(_random(33, 512, seed=1))
+    with nv.emulate("sm_90a") as emulation:
+        nv.linear(x, nv.prepare(weight, "sm_90a"))
+    (run,) = emulation.runs
+    assert run.report.tolerated == []
+    assert isinstance(run.report, emulator.Report)
