@@ -303,6 +303,22 @@ def _time(chains: dict[str, Chain], rounds: int) -> dict[str, list[float]]:
     return {name: [wait() for wait in pending] for name, pending in waits.items()}
 
 
+def host_us(call: Call, samples: int = 10_000, batch: int = 64) -> float:
+    """Median microseconds that the host spends in one eager call, warm. The device is waited for after every ``batch``
+    calls, outside of the clock: a full launch queue would make the host wait inside it."""
+    require_device()
+    for _ in range(batch):
+        call()
+    times: list[int] = []
+    while len(times) < samples:
+        torch.cuda.synchronize()
+        for _ in range(batch):
+            start = time.perf_counter_ns()
+            call()
+            times.append(time.perf_counter_ns() - start)
+    return statistics.median(times) / 1e3
+
+
 def require_device() -> None:
     """:class:`TargetError` unless there is a CUDA device to measure on."""
     if not torch.cuda.is_available():

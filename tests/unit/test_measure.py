@@ -180,6 +180,14 @@ def test_without_a_device_nothing_is_measured():
         measure.compare([Scripted("a")], 4)
 
 
+def test_host_time_is_the_median_outside_of_waiting(turns, monkeypatch):
+    clock, called = itertools.count(step=3000), []
+    monkeypatch.setattr(measure.time, "perf_counter_ns", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: [next(clock) for _ in range(100)])
+    assert measure.host_us(lambda: called.append(next(clock) if len(called) % 10 == 0 else 0), 200, batch=8) == 3.0
+    assert len(called) == 208
+
+
 # --- peers ---
 
 
