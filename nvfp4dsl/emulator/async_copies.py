@@ -26,7 +26,7 @@ class Operation:
 
     ``knowledge`` is what happened before its issue; ``event`` numbers it within its agents; ``steps`` are what it still
     has to do, once ``after`` is done. A store's first step reads its source: ``read_done`` from then on. Faults call it
-    ``subject``.
+    ``subject``. ``generic`` says that its accesses go through the generic proxy.
     """
 
     cta: int
@@ -41,6 +41,7 @@ class Operation:
     read_done: bool = False
     after: Operation | None = None
     subject: str = "the asynchronous copy"
+    generic: bool = False
 
     @property
     def done(self) -> bool:
@@ -61,63 +62,17 @@ class _Thread:
     groups: list[_Group] = field(default_factory=list)
 
 
-class AsyncCopies:
-    """All copies in flight of the resident CTAs."""
+class Groups:
+    """The groups of every thread's copies of one kind: ``cp.async.bulk`` stores, or ``cp.async`` loads."""
 
-    def __init__(self, clocks: Clocks, on_change: Callable[[], None]) -> None:
-        self.clocks, self.on_change = clocks, on_change
-        self.in_flight: list[Operation] = []
-        self.current: Operation | None = None  # the copy whose step is being done
-        self.count = 0
+    def __init__(self, clocks: Clocks) -> None:
+        self.clocks = clocks
         self.threads: dict[tuple[int, int], _Thread] = defaultdict(_Thread)
-        self._store_agents: dict[tuple[int, int], list[int]] = {}
 
-    # --- issue
-
-    def load(self, warp: int, pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
-        """Issue a copy into shared memory; its completion is seen through an mbarrier."""
-        cta = warp // self.clocks.warps_per_cta
-        knowledge = self.clocks.release(warp)
-        agent, event = self.clocks.load_agent(cta, knowledge)
-        return self.begin(Operation(cta, warp, pc, knowledge, agent, agent, event, steps))
-
-    def store(self, warp: int, lanes: list[int], pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
-        """Issue a copy out of shared memory by ``lanes`` together; it joins the open bulk group of each."""
-        cta = warp // self.clocks.warps_per_cta
-        thread = (warp, lanes[0])
-        if thread not in self._store_agents:
-            who = f"bulk store of warp {self.clocks.own[warp]}"
-            self._store_agents[thread] = [self.clocks.new_agent(cta, who), self.clocks.new_agent(cta, who), 0]
-        agents = self._store_agents[thread]
-        agents[2] += 1
-        operation = Operation(
-            cta, warp, pc, self.clocks.release(warp), agents[0], agents[1], agents[2], steps, is_load=False
-        )
+    def join(self, lanes: list[int], operation: Operation) -> None:
+        """A copy that ``lanes`` issued together belongs to the open group of each."""
         for lane in lanes:
-            self.threads[warp, lane].open.append(operation)
-        return self.begin(operation)
-
-    def begin(self, operation: Operation) -> Operation:
-        """Count an operation among those in flight."""
-        self.in_flight.append(operation)
-        self.count += 1
-        self.on_change()
-        return operation
-
-    def advance(self, rng: np.random.Generator) -> Operation:
-        """Let one copy, chosen at random, do its next step."""
-        free = [o for o in self.in_flight if o.after is None or o.after.done]
-        self.current = operation = free[int(rng.integers(len(free)))]
-        step = operation.steps.pop(0)
-        operation.read_done = True
-        if operation.done:
-            self.in_flight.remove(operation)
-            operation.after = None
-        self.on_change()
-        step(operation)
-        return operation
-
-    # --- groups
+            self.threads[operation.warp, lane].open.append(operation)
 
     def commit(self, warp: int, lanes: list[int]) -> None:
         for lane in lanes:
@@ -151,12 +106,75 @@ class AsyncCopies:
         groups = self.threads[warp, lane].groups
         return groups[: max(0, len(groups) - keep)]
 
+
+class AsyncCopies:
+    """All copies in flight of the resident CTAs."""
+
+    def __init__(self, clocks: Clocks, on_change: Callable[[], None]) -> None:
+        self.clocks, self.on_change = clocks, on_change
+        self.in_flight: list[Operation] = []
+        self.current: Operation | None = None  # the copy whose step is being done
+        self.count = 0
+        self.bulk, self.plain = Groups(clocks), Groups(clocks)
+        self._store_agents: dict[tuple[int, int], list[int]] = {}
+
+    # --- issue
+
+    def load(self, warp: int, pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
+        """Issue a copy into shared memory; its completion is seen through an mbarrier."""
+        cta = warp // self.clocks.warps_per_cta
+        knowledge = self.clocks.release(warp)
+        agent, event = self.clocks.load_agent(cta, knowledge)
+        return self.begin(Operation(cta, warp, pc, knowledge, agent, agent, event, steps))
+
+    def store(self, warp: int, lanes: list[int], pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
+        """Issue a copy out of shared memory by ``lanes`` together; it joins the open bulk group of each."""
+        cta = warp // self.clocks.warps_per_cta
+        thread = (warp, lanes[0])
+        if thread not in self._store_agents:
+            who = f"bulk store of warp {self.clocks.own[warp]}"
+            self._store_agents[thread] = [self.clocks.new_agent(cta, who), self.clocks.new_agent(cta, who), 0]
+        agents = self._store_agents[thread]
+        agents[2] += 1
+        operation = Operation(
+            cta, warp, pc, self.clocks.release(warp), agents[0], agents[1], agents[2], steps, is_load=False
+        )
+        self.bulk.join(lanes, operation)
+        return self.begin(operation)
+
+    def plain_load(self, warp: int, lanes: list[int], pc: int, step: Callable[[Operation], None]) -> Operation:
+        """Issue a ``cp.async`` of ``lanes``: it writes shared memory late, but through the generic proxy."""
+        operation = self.load(warp, pc, [step])
+        operation.generic = True
+        self.plain.join(lanes, operation)
+        return operation
+
+    def begin(self, operation: Operation) -> Operation:
+        """Count an operation among those in flight."""
+        self.in_flight.append(operation)
+        self.count += 1
+        self.on_change()
+        return operation
+
+    def advance(self, rng: np.random.Generator) -> Operation:
+        """Let one copy, chosen at random, do its next step."""
+        free = [o for o in self.in_flight if o.after is None or o.after.done]
+        self.current = operation = free[int(rng.integers(len(free)))]
+        step = operation.steps.pop(0)
+        operation.read_done = True
+        if operation.done:
+            self.in_flight.remove(operation)
+            operation.after = None
+        self.on_change()
+        step(operation)
+        return operation
+
     # --- the end
 
     def threads_exit(self, warp: int, lanes: list[int]) -> None:
         """Threads must have committed their bulk stores, and waited until their sources were read."""
         for lane in lanes:
-            thread = self.threads.get((warp, lane))
+            thread = self.bulk.threads.get((warp, lane))
             if thread is None:
                 continue
             if thread.open:

@@ -96,7 +96,7 @@ class Shadow:
         fenced = np.pad(knowledge.fenced, (0, size - knowledge.fenced.size))[agents]
         event = self.written[flat] >> PC_BITS
         self._require_after_write(flat, event <= happened, None, verb, operation.subject)
-        unfenced = (agents < self.clocks.warps_per_cta) & (event > fenced)
+        unfenced = (agents < self.clocks.warps_per_cta) & (event > fenced) & (not operation.generic)
         if unfenced.any():
             at = flat[np.argmax(unfenced)]
             raise MissingProxyFence(

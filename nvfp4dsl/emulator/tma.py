@@ -164,7 +164,7 @@ def issue_load(machine, warp: int, pc: int, transfer: Transfer, barrier: int) ->
         shared.data[filled] = 0
         if body.size:
             addresses = transfer.globals.astype(np.uint64)
-            machine.memory.check_read_order(addresses, transfer.run, _author(machine, operation, addresses.size))
+            machine.memory.check_read_order(addresses, transfer.run, author(machine, operation, addresses.size))
             shared.data[body] = machine.memory.read(addresses, transfer.run, None).reshape(-1)
 
     def complete(operation: Operation) -> None:
@@ -187,12 +187,12 @@ def issue_store(machine, warp: int, lanes: list[int], pc: int, transfer: Transfe
     def write_global(operation: Operation) -> None:
         if body.size:
             addresses = transfer.globals.astype(np.uint64)
-            machine.memory.write(addresses, latched[0], None, _author(machine, operation, addresses.size))
+            machine.memory.write(addresses, latched[0], None, author(machine, operation, addresses.size))
 
     machine.copies.store(warp, lanes, pc, [read_shared, write_global])
 
 
-def _author(machine, operation: Operation, count: int) -> Author:
+def author(machine, operation: Operation, count: int) -> Author:
     """A copy as the author of ``count`` global accesses."""
     happened = operation.knowledge.happened
 

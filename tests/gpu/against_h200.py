@@ -56,7 +56,7 @@ def fragment_bits(name: str, values: str, shape: tuple[int, ...], rng: np.random
 
     if values == "any-bits":
         return rng.integers(0, 1 << 32, shape, np.uint32)
-    low = {"normal": 0, "tiny": -68 if name == "bf16" else -13}[values]
+    low = {"normal": 0, "tiny": -68 if name == "bf16" else -13, "vanishing": -76}[values]
     x = rng.standard_normal((*shape, 2)) * 2.0 ** (low + rng.integers(-8, 9, (*shape, 2)))
     x *= rng.random((*shape, 2)) > 0.1
     dtype = torch.bfloat16 if name == "bf16" else torch.float16
@@ -70,6 +70,8 @@ def mma_sync(name: str, k: int, values: str) -> tuple[str, Launch]:
     b = fragment_bits(name, values, (CTAS, 32, STEPS, words), rng)
     c = rng.standard_normal((CTAS, 32, 4)) * 2.0 ** rng.integers(-8, 12, (CTAS, 32, 4))
     c = np.float32(c * (2.0**-136 if values == "tiny" and name == "bf16" else 1.0))
+    if values == "vanishing":  # a sum just above zero: the exponent that a C of zero counts with decides
+        c = np.zeros_like(c)
     if values == "any-bits":
         c = rng.integers(0, 1 << 32, c.shape, np.uint32).view(np.float32)
     body = "mov.u32 %r1, %ctaid.x; mad.lo.s32 %r1, %r1, 32, %r0;\n"
@@ -132,7 +134,8 @@ MMA = [
     Case(f"mma-{name}-k{k}-{values}", lambda n=name, k=k, v=values: mma_sync(n, k, v))
     for name in ("bf16", "f16")
     for k in (8, 16)
-    for values in ("normal", "tiny", "any-bits")
+    for values in ("normal", "tiny", "any-bits", "vanishing")
+    if (name, values) != ("f16", "vanishing")  # no product of f16 is that small
 ]
 SINGLE = [Case(name, lambda text=text: single(text)) for name, text in INSTRUCTIONS.items()]
 CASES = WGMMA + MMA + SINGLE

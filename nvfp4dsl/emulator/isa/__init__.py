@@ -10,6 +10,7 @@ import importlib
 from nvfp4dsl.emulator.isa.table import Step, compile_program
 
 for _family in (
+    "ampere",
     "bulk",
     "compare",
     "control",

@@ -19,7 +19,8 @@ from nvfp4dsl.emulator.warps import Group
 _HINTS = r"(\.L2::cache_hint)?"
 
 
-def _shared(t: Translator, operand: object):
+def shared_address(t: Translator, operand: object):
+    """A reader of the shared address that an operand names, as such or as a generic one."""
     read = t.address(operand)
     return lambda g: np.where(read(g) >= SHARED_WINDOW, read(g) - np.uint64(SHARED_WINDOW), read(g))
 
@@ -48,7 +49,7 @@ def _tensor(t: Translator, operand: object):
     rf"cp\.async\.bulk\.tensor\.[1-5]d\.shared::(cta|cluster)\.global(\.tile)?\.mbarrier::complete_tx::bytes{_HINTS}"
 )
 def tensor_load(t: Translator, i: Instruction):
-    target, barrier = _shared(t, i.operands[0]), _shared(t, i.operands[2])
+    target, barrier = shared_address(t, i.operands[0]), shared_address(t, i.operands[2])
     readers = [target, barrier, *_tensor(t, i.operands[1])]
     machine = t.machine
 
@@ -62,7 +63,7 @@ def tensor_load(t: Translator, i: Instruction):
 
 @instruction(rf"cp\.async\.bulk\.tensor\.[1-5]d\.global\.shared::cta(\.tile)?\.bulk_group{_HINTS}")
 def tensor_store(t: Translator, i: Instruction):
-    readers = [_shared(t, i.operands[1]), *_tensor(t, i.operands[0])]
+    readers = [shared_address(t, i.operands[1]), *_tensor(t, i.operands[0])]
     machine = t.machine
 
     def run(g: Group) -> None:
@@ -77,10 +78,10 @@ def tensor_store(t: Translator, i: Instruction):
 @instruction(rf"cp\.async\.bulk\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes{_HINTS}")
 def linear_load(t: Translator, i: Instruction):
     readers = [
-        _shared(t, i.operands[0]),
+        shared_address(t, i.operands[0]),
         t.address(i.operands[1]),
         t.read(i.operands[2], "u32"),
-        _shared(t, i.operands[3]),
+        shared_address(t, i.operands[3]),
     ]
     machine = t.machine
 
@@ -94,7 +95,7 @@ def linear_load(t: Translator, i: Instruction):
 
 @instruction(rf"cp\.async\.bulk\.global\.shared::cta\.bulk_group{_HINTS}")
 def linear_store(t: Translator, i: Instruction):
-    readers = [t.address(i.operands[0]), _shared(t, i.operands[1]), t.read(i.operands[2], "u32")]
+    readers = [t.address(i.operands[0]), shared_address(t, i.operands[1]), t.read(i.operands[2], "u32")]
     machine = t.machine
 
     def run(g: Group) -> None:
@@ -116,7 +117,7 @@ def _require_16(warp: int, smem: int, address: int, size: int) -> None:
 def commit(t: Translator, i: Instruction):
     def run(g: Group) -> None:
         for row in g.rows():
-            t.machine.copies.commit(int(g.warps[row]), np.flatnonzero(g.mask[row]).tolist())
+            t.machine.copies.bulk.commit(int(g.warps[row]), np.flatnonzero(g.mask[row]).tolist())
 
     return run
 
@@ -129,9 +130,9 @@ def wait_group(t: Translator, i: Instruction):
         stay = None
         for row in g.rows():
             warp, lanes = int(g.warps[row]), np.flatnonzero(g.mask[row]).tolist()
-            over = lambda w=warp, m=lanes: machine.copies.over(w, m, keep, read_only)  # noqa: E731
+            over = lambda w=warp, m=lanes: machine.copies.bulk.over(w, m, keep, read_only)  # noqa: E731
             if over():
-                machine.copies.wait(warp, lanes, keep, read_only)
+                machine.copies.bulk.wait(warp, lanes, keep, read_only)
             else:
                 stay = np.zeros_like(g.mask) if stay is None else stay
                 stay[row] = g.mask[row]

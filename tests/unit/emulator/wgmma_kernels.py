@@ -97,7 +97,7 @@ class Product:
             a, b = (rng.integers(0, 1 << 16, (rows, K), np.uint16) for rows in (64, self.n))
             c = rng.integers(0, 1 << 32, (64, self.n), np.uint32).view(np.float32)
             return a, b, c
-        scale = {"normal": 0, "tiny": -65}[self.values]
+        scale = {"normal": 0, "tiny": -65, "vanishing": -75}[self.values]
         if self.values == "tiny" and self.dtype == "f16":
             scale = -12
         bits = lambda x: torch.from_numpy(x).to(DTYPES[self.dtype]).view(torch.int16).numpy().view(np.uint16)  # noqa: E731
@@ -264,6 +264,7 @@ VARIANTS = [
     Product(16, K64, K64, scale_b=-1, accumulate=False),
     Product(8, None, K128, values="tiny"),
     Product(8, None, K128, "f16", values="tiny"),
+    Product(64, None, K128, values="vanishing", accumulate=False),
     Product(8, K128, K128, values="wild"),
     Product(8, K128, K128, "f16", values="wild"),
 ]
