@@ -104,7 +104,7 @@ BUILT = frozenset({"omma", "hmma"})
 SKINNY_M, SKINNY_K = (8, 16, 32), MMA_WARPS * FRAGMENT_SCALE_STEPS * FRAGMENT_K
 #: most CTAs that share an SM, by tokens: fragments of more tokens take more registers; and the shared memory the driver
 #: keeps of each CTA.
-SKINNY_CTAS, RESERVED_SMEM = {8: 3, 16: 2, 32: 1}, 1024
+SKINNY_CTAS, RESERVED_SMEM = {8: 2, 16: 2, 32: 1}, 1024
 #: floats from one token's partial sums to the next's: 16 rows and a pad that spreads a warp's stores over all banks.
 PARTIAL_PITCH = FRAGMENT_ROWS + 4
 #: tiles that dispatch chooses from, by numeric mode; the first is the default.

@@ -32,7 +32,7 @@ def doctor(as_json: bool) -> None:
         "devices": _devices(),
         "patches": patches.status(jit.observed()),
         "settings": [vars(row) for row in settings.describe()],
-        "targets": [_target(target, as_json) for target in TARGETS.values()],
+        "targets": [_target(t, mode, as_json) for t in TARGETS.values() for mode in t.mainloops],
     }
     if as_json:
         click.echo(json.dumps(report, default=str))
@@ -91,13 +91,14 @@ def _devices() -> list[dict[str, Any]]:
     return rows
 
 
-def _target(target: Target, as_json: bool) -> dict[str, Any]:
-    """One row: what works, or the reason why not. Compiling is tried, not assumed."""
-    compiles = _try_compile(target, as_json)
+def _target(target: Target, mode: str, as_json: bool) -> dict[str, Any]:
+    """One row: what works in a numeric mode, or the reason why not. Compiling is tried, not assumed."""
+    compiles = _try_compile(target, mode, as_json)
     emulates = compiles if compiles != "yes" else _emulates()
     executes = compiles if compiles != "yes" else _executes(target)
     return {
         "target": target.name,
+        "mode": mode,
         "chips": target.chips,
         "compiles": compiles,
         "emulates": emulates,
@@ -105,13 +106,13 @@ def _target(target: Target, as_json: bool) -> dict[str, Any]:
     }
 
 
-def _try_compile(target: Target, as_json: bool) -> str:
-    spec = GemmSpec()
-    if reasons := legal(spec, TILES["nvfp4"][0], target):
+def _try_compile(target: Target, mode: str, as_json: bool) -> str:
+    spec, tile = GemmSpec(activation=mode), TILES[mode][0]
+    if reasons := legal(spec, tile, target):
         return f"no: {reasons[0]}"
     try:
         with progress(f"compiling for {target.name}", as_json):
-            jit.compile(spec, TILES["nvfp4"][0], target.name)
+            jit.compile(spec, tile, target.name)
     except NVFP4Error as error:
         return f"no: {error}"
     return "yes"

@@ -22,13 +22,24 @@ FAULTS = {kind.__name__: kind for kind in Fault.__subclasses__()}
 @target_option
 @tile_option
 @out_dtype_option
+@click.option(
+    "--activation", type=click.Choice(list(TILES)), default="nvfp4", show_default=True, help="nvfp4: W4A4, bf16: W4A16."
+)
 @click.option("--bias", type=click.Choice(["bf16", "fp16", "fp32"]), help="Add a bias vector of this type.")
 @click.option("--ptx", type=click.Path(path_type=Path), help="Also copy the PTX here.")
 @json_option
-def compile_(target: str, tile: str | None, out_dtype: str, bias: str | None, ptx: Path | None, as_json: bool) -> None:
-    """Compile the dense W4A4 kernel for a target, with no GPU, and say what came out."""
-    spec = GemmSpec(out_dtype=out_dtype, bias=bias)
-    config = TileConfig.parse(tile) if tile else TILES["nvfp4"][0]
+def compile_(
+    target: str,
+    tile: str | None,
+    out_dtype: str,
+    activation: str,
+    bias: str | None,
+    ptx: Path | None,
+    as_json: bool,
+) -> None:
+    """Compile the GEMM kernel of a numeric mode for a target, with no GPU, and say what came out."""
+    spec = GemmSpec(activation=activation, out_dtype=out_dtype, bias=bias)
+    config = TileConfig.parse(tile) if tile else TILES[activation][0]
     start = time.perf_counter()
     with progress(f"compiling {config} for {target}", as_json):
         kernel = jit.compile(spec, config, target)

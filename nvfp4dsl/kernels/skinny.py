@@ -133,12 +133,18 @@ class SkinnyWarp:
         next_tile, next_chunk = first, Int32(0)
         if chunks <= 0:
             next_tile = tiles
+        codes, scales = self.weights.addresses(first)
+        next_row_codes, next_row_scales = self.weights.strides(stride)
         for stage in cutlass.range_constexpr(plan.stages):
-            self.weights.request(next_tile, next_chunk, Int32(stage))
+            self.weights.request(next_tile, next_chunk, codes, scales, Int32(stage))
             next_chunk += 1
+            codes += MMA_WARPS * CHUNK_CODES
+            scales += MMA_WARPS * FRAGMENT_SCALE_BYTES
             if next_chunk == chunks:
                 next_chunk = Int32(0)
                 next_tile += stride
+                codes += next_row_codes
+                scales += next_row_scales
 
         # What the kernel before wrote may be read, and what it read overwritten, only from here on.
         cute.arch.griddepcontrol_wait()
@@ -147,16 +153,20 @@ class SkinnyWarp:
         for tile in cutlass.range(first, tiles, stride, unroll=1):
             accumulators.fill(0.0)
             for chunk in cutlass.range(chunks, unroll=1):
-                x = self.tokens.load(self.weights.first_step(chunk), self.weights.steps)
+                x = self.tokens.load(self.weights.first_step(chunk))
                 self.weights.wait(stage, phase)
                 self.weights.multiply(accumulators, x, chunk, stage)
                 # all lanes have read the chunk: its place is free
                 cute.arch.sync_warp()
-                self.weights.request(next_tile, next_chunk, stage)
+                self.weights.request(next_tile, next_chunk, codes, scales, stage)
                 next_chunk += 1
+                codes += MMA_WARPS * CHUNK_CODES
+                scales += MMA_WARPS * FRAGMENT_SCALE_BYTES
                 if next_chunk == chunks:
                     next_chunk = Int32(0)
                     next_tile += stride
+                    codes += next_row_codes
+                    scales += next_row_scales
                 stage += 1
                 if stage == plan.stages:
                     stage = Int32(0)
@@ -193,24 +203,34 @@ class WeightStream:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_warp()
 
+    def addresses(self, row_tile: Int32) -> tuple[Int64, Int64]:
+        """Where this warp's first chunk of a row tile begins: codes, scales."""
+        codes = self.mCodes.iterator + cute.crd2idx(
+            (self.batch, row_tile, self.first_step(Int32(0)), 0), self.mCodes.layout
+        )
+        scales = self.mScales.iterator + cute.crd2idx((self.batch, row_tile, self.warp, 0), self.mScales.layout)
+        return Int64(codes.toint()), Int64(scales.toint())
+
+    def strides(self, row_tiles: Int32) -> tuple[Int64, Int64]:
+        """From behind this warp's last chunk of a row tile to its first of the tile ``row_tiles`` on."""
+        behind = Int64(self.chunks) * MMA_WARPS
+        codes = Int64(row_tiles) * self.steps * FRAGMENT_STEP_BYTES - behind * CHUNK_CODES
+        return codes, (Int64(row_tiles) * self.mScales.shape[2] - behind) * FRAGMENT_SCALE_BYTES
+
     @cute.jit
-    def request(self, tile: Int32, chunk: Int32, stage: Int32):
+    def request(self, tile: Int32, chunk: Int32, codes: Int64, scales: Int64, stage: Int32):
         """Ask for a chunk, the codes of up to four steps and their scales, unless the tiles are at an end."""
-        first = self.first_step(chunk)
         size = Int32(CHUNK_CODES)
         if cutlass.const_expr(not self.plan.spec.whole_chunks):
-            size = cutlass.min(self.steps - first, CHUNK_STEPS) * FRAGMENT_STEP_BYTES
+            size = cutlass.min(self.steps - self.first_step(chunk), CHUNK_STEPS) * FRAGMENT_STEP_BYTES
         barrier = self.full + stage
-        codes = self.mCodes.iterator + cute.crd2idx((self.batch, tile, first, 0), self.mCodes.layout)
-        group = first // CHUNK_STEPS
-        scales = self.mScales.iterator + cute.crd2idx((self.batch, tile, group, 0), self.mScales.layout)
         codes_slot = self.codes + stage * CHUNK_CODES
         scales_slot = self.scales + stage * FRAGMENT_SCALE_BYTES
         if self.lane == 0 and tile < self.row_tiles:
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size + FRAGMENT_SCALE_BYTES)
             address = shared_address(barrier)
-            bulk_load(codes_slot, Int64(codes.toint()), size, address)
-            bulk_load(scales_slot, Int64(scales.toint()), Int32(FRAGMENT_SCALE_BYTES), address)
+            bulk_load(codes_slot, codes, size, address)
+            bulk_load(scales_slot, scales, Int32(FRAGMENT_SCALE_BYTES), address)
 
     def wait(self, stage: Int32, phase: Int32) -> None:
         cute.arch.mbarrier_wait(self.full + stage, phase)
@@ -265,7 +285,7 @@ class TokenFragments:
         # steps in which this lane's block of 16 k lies within K
         self.steps_with_x = (k - lane % 4 * BLOCK + FRAGMENT_K - 1) // FRAGMENT_K
 
-    def load(self, first_step: Int32, steps: Int32) -> cute.Tensor:
+    def load(self, first_step: Int32) -> cute.Tensor:
         """(words, token blocks, steps) from global memory; zeros past K, where a number read might be infinite."""
         x = cute.make_rmem_tensor((8, len(self.rows), CHUNK_STEPS), Int32)
         for j, row in enumerate(self.rows):

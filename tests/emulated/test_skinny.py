@@ -7,6 +7,7 @@ import torch
 
 import nvfp4dsl as nv
 from nvfp4dsl import emulator
+from nvfp4dsl.config import plan
 from nvfp4dsl.emulator import mutate
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.testing import assert_close, bits_differing
@@ -24,7 +25,9 @@ def _linear(x, weight, target, bias=None, max_ctas=2, seed=0, activation=None):
     prepared = nv.prepare(weight, target, activation="bf16")
     with nv.emulate(target, max_ctas=max_ctas, seed=seed) as emulation:
         y = nv.linear(x, prepared, bias, activation=activation)
-    assert [run.kernel.meta["spills"] for run in emulation.runs] == [0]
+    (run,) = emulation.runs
+    assert run.kernel.meta["spills"] == 0
+    assert run.launch.smem_bytes == plan(run.kernel.spec, run.kernel.tile, target).smem_bytes
     return y
 
 

@@ -81,10 +81,14 @@ def test_compile_and_cache(tmp_path, monkeypatch):
     assert not first["cached"]
     assert ".target sm_121a" in (tmp_path / "k.ptx").read_text()
     assert as_json("compile", "--target", "sm_121a", "--tile", "64x128x128")["cached"]
-    (entry,) = as_json("cache", "ls")["entries"]
-    assert (entry["target"], entry["tile"]) == ("sm_121a", "64x128x128")
-    assert entry["key"] in first["symbol"]
-    assert as_json("cache", "info")["entries"] == 1
+    assert as_json("compile", "--target", "sm_90a", "--activation", "bf16")["tile"] == "8x16x2048"
+    entries = {entry["target"]: entry for entry in as_json("cache", "ls")["entries"]}
+    assert {target: entry["tile"] for target, entry in entries.items()} == {
+        "sm_121a": "64x128x128",
+        "sm_90a": "8x16x2048",
+    }
+    assert entries["sm_121a"]["key"] in first["symbol"]
+    assert as_json("cache", "info")["entries"] == 2
     assert as_json("cache", "prune", "--bytes", 0)["removed"]
     assert as_json("cache", "clear")["removed"] == 0
     assert "empty" in invoke("cache", "ls")
@@ -92,12 +96,12 @@ def test_compile_and_cache(tmp_path, monkeypatch):
 
 def test_doctor_tells_the_truth():
     report = as_json("doctor")
-    rows = {row["target"]: row for row in report["targets"]}
-    assert set(rows) == set(nv.TARGETS)
-    for target in ("sm_120a", "sm_121a"):
-        assert rows[target]["compiles"] == rows[target]["emulates"] == "yes"
-    for target in ("sm_90a", "sm_100a"):
-        assert rows[target]["compiles"].startswith("no: ")
+    rows = {(row["target"], row["mode"]): row for row in report["targets"]}
+    assert {target for target, _ in rows} == set(nv.TARGETS)
+    missing = rows.pop(("sm_100a", "nvfp4"))
+    assert missing["compiles"].startswith("no: ")
+    assert missing["executes_here"].startswith("no: ")
+    assert all(row["compiles"] == row["emulates"] == "yes" for row in rows.values())
     if not torch.cuda.is_available():
         assert all(row["executes_here"].startswith("no: ") for row in rows.values())
         assert report["devices"] == []

@@ -62,7 +62,13 @@ def test_values_that_json_would_blur_are_refused():
         dataclasses.replace(BASE, spec={"alpha": float("nan")}).key()
 
 
-SPECS = [GemmSpec(), GemmSpec(activation="bf16"), GemmSpec(out_dtype="fp32"), GemmSpec(aligned_rows=False)]
+SPECS = [
+    GemmSpec(),
+    GemmSpec(activation="bf16"),
+    GemmSpec(out_dtype="fp32"),
+    GemmSpec(aligned_rows=False),
+    GemmSpec(whole_chunks=True),
+]
 TILES = [TileConfig(), TileConfig(m=64), TileConfig(n=64), TileConfig(k=256), TileConfig(stages=3)]
 
 

@@ -58,7 +58,9 @@ def test_sub_words_of_one_word_by_two_warps():
 
 
 def test_atomics_on_shared_memory():
-    body = SHARED + """
+    body = (
+        SHARED
+        + """
     st.shared.b32 [%r2], %r0;
     bar.sync 0;
     red.shared.add.u32 [%r1], 3;
@@ -69,6 +71,7 @@ def test_atomics_on_shared_memory():
     mul.wide.u32 %d1, %r0, 4; add.s64 %d1, %out, %d1;
     ld.shared.b32 %r11, [%r2]; st.global.b32 [%d1], %r11;
     """
+    )
     out, _ = execute(body, outputs={"out": np.zeros(64, np.uint32)}, block=64)
     expected = np.arange(64)
     expected[[0, 1, 5]] = 3 * 64, 63, 77
