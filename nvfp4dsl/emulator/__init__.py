@@ -7,8 +7,9 @@ order drawn from a seed, with asynchronous copies that take effect late. It is s
 
 How it fits together: :mod:`ptx` parses; :mod:`isa` holds what each instruction does; :mod:`machine` schedules;
 :mod:`warps` and :mod:`registers` hold the state of lanes; :mod:`memory`, :mod:`races` and :mod:`clocks` check every
-access; :mod:`mbarrier`, :mod:`named_barriers`, :mod:`async_copies` and :mod:`tma` are the asynchronous machinery;
-:mod:`tensorcore` does the arithmetic.
+access; :mod:`mbarrier`, :mod:`named_barriers`, :mod:`async_copies`, :mod:`tma` and, for ``wgmma``, :mod:`warpgroups`
+are the asynchronous machinery; :mod:`matrix_descriptor` finds the matrices of ``wgmma`` in shared memory;
+:mod:`tensorcore` and :mod:`half_dot` do the arithmetic. :mod:`hopper` takes the same PTX and launch to a real GPU.
 """
 
 from nvfp4dsl.emulator.execute import run

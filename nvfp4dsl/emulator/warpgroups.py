@@ -121,6 +121,7 @@ class Warpgroups:
     def start(self, meeting: _Meeting, registers: Registers, steps: Sequence[Callable[[Operation], None]]) -> None:
         """Begin an operation by the four warps of a complete meeting."""
         for warp in meeting.warps:
+            self._require_fenced(warp, registers, meeting.pc)
             self._require_free(warp, registers)
         first = meeting.warps[0]
         cta = self.machine.cta_of(first)
@@ -141,20 +142,23 @@ class Warpgroups:
         for warp in meeting.warps:
             self.warps[warp].open.append(_Product(operation, registers))
 
-    def _require_free(self, warp: int, registers: Registers) -> None:
-        """The registers are fenced since their last access, and no product in flight clashes with this one."""
+    def _require_fenced(self, warp: int, registers: Registers, pc: int) -> None:
+        """The registers were not accessed since the last fence."""
         state = self.warps[warp]
+        stale = state.touched.keys() & {*registers.accumulators, *registers.inputs}
         if not state.fenced:
-            raise MissingWgmmaFence("no wgmma.fence was executed before the first wgmma", warp=warp)
+            problem = "no wgmma.fence was executed before the first wgmma"
+        elif stale:
+            line = self.machine.kernel.instructions[state.touched[min(stale)]].line
+            problem = f"a register of this wgmma is accessed at PTX line {line}, and no wgmma.fence lies between"
+        else:
+            return
+        self.machine.tolerated(MissingWgmmaFence(problem, warp=warp), pc)
+
+    def _require_free(self, warp: int, registers: Registers) -> None:
+        """No product in flight clashes with this one."""
+        state = self.warps[warp]
         wanted = {*registers.accumulators, *registers.inputs}
-        stale = wanted & state.touched.keys()
-        if stale:
-            pc = state.touched[min(stale)]
-            raise MissingWgmmaFence(
-                f"a register of this wgmma is accessed at PTX line {self.machine.kernel.instructions[pc].line}, and no "
-                "wgmma.fence lies between",
-                warp=warp,
-            )
         for product in state.unfinished():
             theirs = product.registers
             chained = theirs.accumulators == registers.accumulators  # the hardware orders these

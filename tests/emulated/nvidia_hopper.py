@@ -1,9 +1,10 @@
-"""NVIDIA's public Hopper GEMM (wgmma), compiled for sm_90a with no GPU, and its launches.
+"""NVIDIA's public Hopper GEMMs (wgmma), compiled for sm_90a with no GPU, and their launches.
 
-    python nvidia_hopper.py EXAMPLE.py FOLDER AB C TILE_M TILE_N B_MAJOR
+    python nvidia_hopper.py EXAMPLE.py FOLDER AB C TILE_M TILE_N B_MAJOR MAX_CTAS
 
-EXAMPLE.py is ``examples/python/CuTeDSL/cute/hopper/kernel/dense_gemm/dense_gemm.py`` of a CUTLASS checkout. Nothing of
-it is kept in this repository.
+EXAMPLE.py is ``dense_gemm.py`` or, where MAX_CTAS is not 0, ``dense_gemm_persistent.py`` in
+``examples/python/CuTeDSL/cute/hopper/kernel/dense_gemm`` of a CUTLASS checkout. Nothing of them is kept in this
+repository.
 """
 
 from __future__ import annotations
@@ -15,38 +16,44 @@ import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-EXAMPLE = "examples/python/CuTeDSL/cute/hopper/kernel/dense_gemm/dense_gemm.py"
+EXAMPLES = "examples/python/CuTeDSL/cute/hopper/kernel/dense_gemm"
 SYMBOL = "nvidia_hopper"
 NAMES = ("a", "b", "c", "stream")
-SHAPES = [(128, 256, 320), (72, 200, 328)]
+SHAPES = [(128, 256, 320), (200, 136, 328)]
 """M, N, K; the last fills no tile in any dimension."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """Types by their names in CuTe DSL, the CTA's tile, and whether B is stored with K ("k") or N ("n") contiguous."""
+    """Types by their names in CuTe DSL, the CTA's tile, whether B is stored with K ("k") or N ("n") contiguous.
+
+    ``max_ctas`` above 0 makes it the persistent, warp-specialised kernel.
+    """
 
     ab: str
     c: str
     tile_m: int
     tile_n: int
     b_major: str
+    max_ctas: int = 0
 
     def __str__(self) -> str:
-        return f"{self.ab}-{self.c}-{self.tile_m}x{self.tile_n}-{self.b_major}".lower()
+        kind = "-persistent" if self.max_ctas else ""
+        return f"{self.ab}-{self.c}-{self.tile_m}x{self.tile_n}-{self.b_major}{kind}".lower()
 
 
 BUILDS = [
     Build("BFloat16", "Float32", 64, 64, "k"),
     Build("BFloat16", "BFloat16", 128, 128, "k"),
     Build("Float16", "Float16", 128, 256, "n"),
+    Build("BFloat16", "BFloat16", 128, 64, "k", max_ctas=2),
 ]
 
 
-def example_path() -> Path | None:
+def example_path(persistent: bool = False) -> Path | None:
     """The example in the checkout that ``CUTLASS_DIR`` names, if it is there."""
     folder = os.environ.get("CUTLASS_DIR")
-    path = Path(folder or "") / EXAMPLE
+    path = Path(folder or "") / EXAMPLES / f"dense_gemm{'_persistent' * persistent}.py"
     return path if folder and path.exists() else None
 
 
@@ -54,7 +61,7 @@ def compile_example(build: Build, folder: Path) -> tuple[str, Path]:
     """(PTX, object) in a new folder below ``folder``; in a process of its own, as the architecture is latched."""
     target = folder / str(build)
     target.mkdir(parents=True)
-    command = [sys.executable, __file__, str(example_path()), str(target), *map(str, astuple(build))]
+    command = [sys.executable, __file__, str(example_path(build.max_ctas > 0)), str(target), *map(str, astuple(build))]
     subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
     return (target / "kernel.ptx").read_text(), target / "kernel.o"
 
@@ -76,7 +83,7 @@ def launch(object_path: Path, build: Build, shape: tuple[int, int, int]):
     return captured, a[..., 0], b[..., 0]
 
 
-def main(example: str, folder: str, ab: str, c: str, tile_m: str, tile_n: str, b_major: str) -> None:
+def main(example: str, folder: str, ab: str, c: str, tile_m: str, tile_n: str, b_major: str, max_ctas: str) -> None:
     os.environ.update(CUTE_DSL_ARCH="sm_90a", CUTE_DSL_DUMP_DIR=folder)
     import cutlass
     import cutlass.cute as cute
@@ -95,11 +102,15 @@ def main(example: str, folder: str, ab: str, c: str, tile_m: str, tile_n: str, b
         return make_fake_compact_tensor(getattr(cutlass, dtype), shape, stride_order=order, assumed_align=16)
 
     b = fake(ab, (n, k, batch), (1, 0, 2) if b_major == "k" else (0, 1, 2))
-    gemm = module.HopperWgmmaGemmKernel(cutlass.Float32, (int(tile_m), int(tile_n)), (1, 1))
+    tile, persistent = (int(tile_m), int(tile_n)), int(max_ctas) > 0
+    if persistent:
+        gemm = module.HopperWgmmaGemmPersistentKernel(cutlass.Float32, tile, (1, 1), 1, True)
+    else:
+        gemm = module.HopperWgmmaGemmKernel(cutlass.Float32, tile, (1, 1))
     stream = make_fake_stream(use_tvm_ffi_env_stream=False)
-    compiled = cute.compile(
-        gemm, fake(ab, (m, k, batch)), b, fake(c, (m, n, batch)), stream, options="--enable-tvm-ffi --keep-ptx"
-    )
+    tensors = fake(ab, (m, k, batch)), b, fake(c, (m, n, batch))
+    extra = (int(max_ctas),) if persistent else ()
+    compiled = cute.compile(gemm, *tensors, *extra, stream, options="--enable-tvm-ffi --keep-ptx")
     compiled.export_to_c(str(Path(folder) / "kernel.o"), function_name=SYMBOL)
     (ptx,) = Path(folder).glob("*.ptx")
     ptx.rename(Path(folder) / "kernel.ptx")

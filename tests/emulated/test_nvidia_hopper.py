@@ -1,6 +1,9 @@
-"""The emulator on NVIDIA's public Hopper GEMM: TMA, wgmma with both operands in shared memory, TMA stores.
+"""The emulator on NVIDIA's public Hopper GEMMs: TMA, wgmma with both operands in shared memory, TMA stores.
 
 Set ``CUTLASS_DIR`` to a CUTLASS checkout; without one these tests skip.
+
+The persistent kernel fills its accumulators with zeros and then fences; the compiler sinks the zeros past the fence,
+which has no operands. PTX calls that undefined, and ``ptxas`` mends it: ``MissingWgmmaFence`` is tolerated by name.
 """
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from nvidia_hopper import BUILDS, SHAPES, compile_example, example_path, launch
 
 from nvfp4dsl import emulator
+from nvfp4dsl.emulator.faults import MissingWgmmaFence
 from nvfp4dsl.emulator.mutate import survey
 from nvfp4dsl.testing import relative_error
 
@@ -27,7 +31,8 @@ def example(request, tmp_path_factory):
 def test_right_against_float64(example, shape, seed):
     build, ptx, object_path = example
     captured, a, b = launch(object_path, build, shape)
-    report = emulator.run(ptx, captured, seed=seed)
+    report = emulator.run(ptx, captured, seed=seed, tolerate=(MissingWgmmaFence,) if build.max_ctas else ())
+    assert bool(report.tolerated) == bool(build.max_ctas)
     m, n, k = shape
     dtype = getattr(torch, build.c.lower())
     y = torch.from_numpy(captured.buffer("c").data).view(dtype).view(m, n)

@@ -30,6 +30,7 @@ from harness import prepare  # noqa: E402
 from wgmma_kernels import LAYOUTS, SIZES, VARIANTS  # noqa: E402
 
 from nvfp4dsl.emulator import hopper, run  # noqa: E402
+from nvfp4dsl.emulator.faults import MissingWgmmaFence  # noqa: E402
 from nvfp4dsl.emulator.launch import Launch  # noqa: E402
 from nvfp4dsl.errors import NVFP4Error  # noqa: E402
 
@@ -170,7 +171,9 @@ def write(case: Case, folder: Path) -> None:
     """PTX, and the launch with what the emulator computes as its expected contents."""
     ptx, launch = case.make()
     before = {b.name: b.data.copy() for b in launch.buffers}
-    run(ptx, launch)
+    run(
+        ptx, launch, tolerate=(MissingWgmmaFence,)
+    )  # which the compiler causes; see tests/emulated/test_nvidia_hopper.py
     for buffer in launch.buffers:
         if buffer.writable:
             launch.expected[buffer.name] = buffer.data
