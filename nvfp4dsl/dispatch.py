@@ -115,7 +115,8 @@ def _sm_count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def choose_tile(spec: GemmSpec, m: int, target: Target) -> TileConfig:
+@functools.lru_cache(maxsize=4096)
+def choose_tile(spec: GemmSpec, m: int, target: str) -> TileConfig:
     """The tile for an output of ``m`` rows: short tiles where a tall one would be mostly padding.
 
     Raises:
@@ -124,7 +125,7 @@ def choose_tile(spec: GemmSpec, m: int, target: Target) -> TileConfig:
     candidates = [tile for tile in TILES[spec.activation] if not legal(spec, tile, target)]
     if not candidates:
         raise TargetError(
-            f"{target.name} has no kernel for {spec}: {'; '.join(legal(spec, TILES[spec.activation][0], target))}. "
+            f"{target} has no kernel for {spec}: {'; '.join(legal(spec, TILES[spec.activation][0], target))}. "
             "The numeric mode is yours to choose: 'nvfp4' runs on sm_120a and sm_121a, 'bf16' everywhere"
         )
     if spec.activation == "bf16":
@@ -193,7 +194,7 @@ def gemm_kernel(
         bias=None if bias is None else FLOATS[bias.dtype],
         aligned_rows=n * FLOAT_BYTES[name] % TMA_ROW_BYTES == 0,
     )
-    return kernel_for(spec, tile or choose_tile(spec, a.shape[-2], target), target.name)
+    return kernel_for(spec, tile or choose_tile(spec, a.shape[-2], target.name), target.name)
 
 
 def check_kernel_operands(a: NVFP4Tensor, b: NVFP4Tensor, out_dtype: torch.dtype, target: Target) -> None:
@@ -251,7 +252,7 @@ def skinny(
         aligned_rows=False,
         whole_chunks=weight.k % FRAGMENT_CHUNK_K == 0,
     )
-    kernel = kernel_for(spec, choose_tile(spec, m, target), target.name)
+    kernel = kernel_for(spec, choose_tile(spec, m, target.name), target.name)
     if x.stride(-1) != 1 or x.data_ptr() % TMA_ROW_BYTES or any(s % 8 for s in x.stride()[:-1]):
         x = x.contiguous()
     codes, scales = (t.view(torch.uint8).view(batch, *t.shape[-3:]) for t in (weight.qdata, weight.scale))
