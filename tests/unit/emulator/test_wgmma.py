@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from harness import execute
 from mmasim.nv_ptx.sim import MMA, WGMMA
 from wgmma_kernels import K128, LAYOUTS, SIZES, STEPS, VARIANTS, Product, from_registers
 
@@ -59,6 +60,17 @@ def test_dot_products_are_mmasims(name, chip, kind):
     shorter = MMA(chip, f"m16n8k8.f32.{name}.{name}.f32")
     expected = shorter.dpa(a[:, :, None, :8].expand(6, 32, 8, 8), b[:, None, :, :8].expand(6, 32, 8, 8), c)
     assert_same_bits(dot16(a[..., :8], b[..., :8], c).numpy(), expected.numpy())
+
+
+def test_older_chips_are_refused():
+    """They keep fewer bits, and add eight products at a time."""
+    fragments = "{%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4}"
+    zeros = "".join(f"mov.b32 %r{i}, 0; mov.b32 %f{i}, 0;" for i in range(1, 7))
+    body = f"{zeros} mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {fragments};"
+    with pytest.raises(faults.UnknownInstruction, match="the arithmetic of sm_89"):
+        execute(body, target="sm_89")
+    for target in ("sm_90a", "sm_100a", "sm_120a", "sm_121a"):
+        assert execute(body, target=target)[1].mmas == 1
 
 
 # --- order
