@@ -100,17 +100,16 @@ class TileConfig:
 TILE_M, TILE_N, TILE_K = (64, 128, 256), (128, 256), (128, 256)
 #: inner loops that are written.
 BUILT = frozenset({"omma", "hmma"})
-#: a skinny tile (W4A16): tokens x 16 weight rows; a stage holds, for each of 8 warps, four steps of 64 k.
+#: a skinny tile (W4A16): tokens x 16 or 32 weight rows; a stage holds, for each of 8 warps, four steps of 64 k.
+SKINNY_N = (FRAGMENT_ROWS, 2 * FRAGMENT_ROWS)
 SKINNY_M, SKINNY_K = (8, 16, 32), MMA_WARPS * FRAGMENT_SCALE_STEPS * FRAGMENT_K
 #: most CTAs that share an SM, by tokens: fragments of more tokens take more registers; and the shared memory the driver
 #: keeps of each CTA.
 SKINNY_CTAS, RESERVED_SMEM = {8: 2, 16: 2, 32: 1}, 1024
-#: floats from one token's partial sums to the next's: 16 rows and a pad that spreads a warp's stores over all banks.
-PARTIAL_PITCH = FRAGMENT_ROWS + 4
 #: tiles that dispatch chooses from, by numeric mode; the first is the default.
 TILES = {
     "nvfp4": (TileConfig(128, 128, 128), TileConfig(128, 128, 256), TileConfig(64, 128, 128)),
-    "bf16": tuple(TileConfig(m, FRAGMENT_ROWS, SKINNY_K) for m in SKINNY_M),
+    "bf16": tuple(TileConfig(m, n, SKINNY_K) for m, n in itertools.product(SKINNY_M, SKINNY_N)),
 }
 
 
@@ -201,7 +200,7 @@ def _shape_reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str
         return [f"{target.name} has no kernel for activation={spec.activation!r} yet"]
     allowed_mnk: tuple[tuple[int, ...], ...] = (TILE_M, TILE_N, TILE_K)
     if spec.activation == "bf16":
-        allowed_mnk = (SKINNY_M, (FRAGMENT_ROWS,), (SKINNY_K,))
+        allowed_mnk = (SKINNY_M, SKINNY_N, (SKINNY_K,))
     for axis, extent, allowed in zip("MNK", (tile.m, tile.n, tile.k), allowed_mnk, strict=True):
         if extent not in allowed:
             reasons.append(f"{axis}={extent}: allowed are {', '.join(map(str, allowed))}")
@@ -218,8 +217,10 @@ def legal(spec: GemmSpec, tile: TileConfig, target: str | Target) -> list[str]:
     """
     target = get_target(target) if isinstance(target, str) else target
     reasons = _shape_reasons(spec, tile, target)
-    if reasons or spec.activation == "bf16":
+    if reasons:
         return reasons
+    if spec.activation == "bf16":
+        return _skinny_reasons(tile, target)
     registers = tile.m * tile.n // (MMA_WARPS * WARP)
     if registers > MAX_ACCUMULATORS:
         reasons.append(
@@ -243,7 +244,7 @@ def legal_tiles(spec: GemmSpec, target: str | Target) -> tuple[TileConfig, ...]:
     Raises:
         TargetError: unknown target.
     """
-    skinny = (TileConfig(m, FRAGMENT_ROWS, SKINNY_K) for m in SKINNY_M)
+    skinny = (TileConfig(m, n, SKINNY_K) for m, n in itertools.product(SKINNY_M, SKINNY_N))
     blocked = (TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N, TILE_K))
     tiles = skinny if spec.activation == "bf16" else blocked
     return tuple(tile for tile in tiles if not legal(spec, tile, target))
@@ -285,13 +286,31 @@ def plan(spec: GemmSpec, tile: TileConfig, target: str | Target) -> Plan:
 
 def _skinny_fields(tile: TileConfig, stages: int) -> tuple[SmemField, ...]:
     """Shared memory of the skinny kernel: each warp's ring of chunks, and two buffers of partial sums."""
-    codes = FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES
+    codes, chunks = FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES, MMA_WARPS * stages * (tile.n // FRAGMENT_ROWS)
     return (
         SmemField("barriers", MMA_WARPS * stages * MBARRIER_BYTES, MBARRIER_BYTES),
-        SmemField("b", MMA_WARPS * stages * codes, SCALE_ALIGN),
-        SmemField("sfb", MMA_WARPS * stages * FRAGMENT_SCALE_BYTES, SCALE_ALIGN),
-        SmemField("partials", 2 * MMA_WARPS * tile.m * PARTIAL_PITCH * 4, SCALE_ALIGN),
+        SmemField("b", chunks * codes, SCALE_ALIGN),
+        SmemField("sfb", chunks * FRAGMENT_SCALE_BYTES, SCALE_ALIGN),
+        SmemField("partials", 2 * MMA_WARPS * tile.m * partial_pitch(tile) * 4, SCALE_ALIGN),
     )
+
+
+def partial_pitch(tile: TileConfig) -> int:
+    """Floats from one token's partial sums to the next's: the rows, and a pad that spreads a warp over all banks."""
+    return tile.n + 4
+
+
+def _skinny_reasons(tile: TileConfig, target: Target) -> list[str]:
+    stages = tile.stages if tile.stages is not None else MIN_STAGES
+    if not MIN_STAGES <= stages <= MAX_STAGES:
+        return [f"{stages} stages: allowed are {MIN_STAGES} to {MAX_STAGES}"]
+    need = total_bytes(_skinny_fields(tile, stages))
+    if need <= target.smem_per_block:
+        return []
+    return [
+        f"{stages} stages of {tile.m}x{tile.n}x{tile.k} take {need} bytes of shared memory; "
+        f"a block on {target.name} may use {target.smem_per_block}"
+    ]
 
 
 def _skinny_plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
@@ -304,11 +323,13 @@ def _skinny_plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
                 spec=spec,
                 tile=replace(tile, stages=stages),
                 warps=(1, MMA_WARPS),
-                blocks=(1, tile.m // MMA_N),
+                blocks=(tile.n // FRAGMENT_ROWS, tile.m // MMA_N),
                 stages=stages,
                 epilogue_stages=2,
                 smem=fields,
-                transaction_bytes=FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES,
+                transaction_bytes=tile.n
+                // FRAGMENT_ROWS
+                * (FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES),
                 ctas_per_sm=ctas,
             )
-    raise TileError(f"{tile} needs more shared memory than the {target.smem_per_block} bytes of {target.name}")
+    raise AssertionError(f"{tile} is legal, so one CTA with {MIN_STAGES} stages fits")

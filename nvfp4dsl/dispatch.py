@@ -111,13 +111,25 @@ def _cuda_target(index: int) -> Target:
 
 
 @functools.cache
-def _sm_count(index: int) -> int:
+def _cuda_sm_count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors that a launch on ``device`` may count on; inside ``emulate``, its ``max_ctas``."""
+    if device.type == "cuda":
+        return _cuda_sm_count(device.index if device.index is not None else torch.cuda.current_device())
+    emulation = _emulation.get()
+    return emulation.max_ctas if emulation else 1
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_tile(spec: GemmSpec, m: int, target: str) -> TileConfig:
-    """The tile for an output of ``m`` rows: short tiles where a tall one would be mostly padding.
+def choose_tile(spec: GemmSpec, m: int, n: int, target: str, sms: int) -> TileConfig:
+    """The tile for an output of ``m`` x ``n`` on a device of ``sms`` multiprocessors.
+
+    W4A4: short tiles where a tall one would be mostly padding. W4A16: the fewest tokens that hold M; and 32 rows of the
+    weight at a time rather than 16, which halves the reads of x, once 16 would give more tiles than CTAs run at a time
+    (two an SM). With fewer tiles than that, more of them keep more of the chip at work (docs/measured.md).
 
     Raises:
         TargetError: the target has no kernel for the spec.
@@ -129,7 +141,10 @@ def choose_tile(spec: GemmSpec, m: int, target: str) -> TileConfig:
             "The numeric mode is yours to choose: 'nvfp4' runs on sm_120a and sm_121a, 'bf16' everywhere"
         )
     if spec.activation == "bf16":
-        return next((tile for tile in candidates if tile.m >= m), candidates[-1])
+        tokens = next((tile.m for tile in candidates if tile.m >= m), candidates[-1].m)
+        rows = {tile.n: tile for tile in candidates if tile.m == tokens}
+        small, large = min(rows), max(rows)
+        return rows[large if -(-n // small) > 2 * sms else small]
     fitting = [tile for tile in candidates if tile.m <= 64] if m <= 64 else candidates
     return (fitting or candidates)[0]
 
@@ -194,7 +209,7 @@ def gemm_kernel(
         bias=None if bias is None else FLOATS[bias.dtype],
         aligned_rows=n * FLOAT_BYTES[name] % TMA_ROW_BYTES == 0,
     )
-    return kernel_for(spec, tile or choose_tile(spec, a.shape[-2], target.name), target.name)
+    return kernel_for(spec, tile or choose_tile(spec, a.shape[-2], n, target.name, sm_count(a.device)), target.name)
 
 
 def check_kernel_operands(a: NVFP4Tensor, b: NVFP4Tensor, out_dtype: torch.dtype, target: Target) -> None:
@@ -252,7 +267,7 @@ def skinny(
         aligned_rows=False,
         whole_chunks=weight.k % FRAGMENT_CHUNK_K == 0,
     )
-    kernel = kernel_for(spec, choose_tile(spec, m, target.name), target.name)
+    kernel = kernel_for(spec, choose_tile(spec, m, n, target.name, sm_count(x.device)), target.name)
     if x.stride(-1) != 1 or x.data_ptr() % TMA_ROW_BYTES or any(s % 8 for s in x.stride()[:-1]):
         x = x.contiguous()
     codes, scales = (t.view(torch.uint8).view(batch, *t.shape[-3:]) for t in (weight.qdata, weight.scale))
@@ -283,7 +298,7 @@ def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
     device = arguments[0].device
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel(*arguments, _sm_count(device.index))
+            kernel(*arguments, sm_count(device))
         return
     emulation = _emulation.get()
     if emulation is None:

@@ -127,9 +127,9 @@ def _fragment_scales(device: torch.device) -> torch.Tensor:
 
 
 def _fragment_tiles(n: int, k: int) -> tuple[int, int, int]:
-    """(tiles of 16 rows, steps of 64 k, groups of 4 steps)."""
+    """(tiles of 16 rows, an even number since kernels may take two at a time; steps of 64 k; groups of 4 steps)."""
     steps = ceil_div(k, FRAGMENT_K)
-    return ceil_div(n, FRAGMENT_ROWS), steps, ceil_div(steps, FRAGMENT_SCALE_STEPS)
+    return 2 * ceil_div(n, 2 * FRAGMENT_ROWS), steps, ceil_div(steps, FRAGMENT_SCALE_STEPS)
 
 
 def _to_fragments(t: NVFP4Tensor) -> NVFP4Tensor:
@@ -215,8 +215,8 @@ def prepare(tensor: NVFP4Tensor, target: str, *, activation: str | None = None) 
 
         * ``blackwell``: qdata uint8 [..., N, Kp/2], Kp = K rounded up to 32; scale float8_e4m3fn
           [..., ceil(N/128), ceil(K/64), 512]; pads are zeros.
-        * ``fragments``: qdata uint8 [..., ceil(N/16), ceil(K/64), 512], scale [..., ceil(N/16), ceil(K/256), 256], both
-          re-encoded bit for bit (:mod:`nvfp4dsl.layouts`).
+        * ``fragments``: qdata uint8 [..., 2 ceil(N/32), ceil(K/64), 512], scale [..., 2 ceil(N/32), ceil(K/256), 256],
+          both re-encoded bit for bit (:mod:`nvfp4dsl.layouts`).
 
     Raises:
         TargetError: unknown target, or one that has no layout for the mode.

@@ -9,7 +9,7 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, Int64, Uint8
 
-from nvfp4dsl.config import MMA_N, MMA_WARPS, PARTIAL_PITCH, WARP, Plan
+from nvfp4dsl.config import MMA_N, MMA_WARPS, WARP, Plan, partial_pitch
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.instructions import (
@@ -43,7 +43,7 @@ CHUNK_CODES = CHUNK_STEPS * FRAGMENT_STEP_BYTES
 class SkinnyGemm:
     """``Y[l] = X[l] @ W[l].T * alpha (+ bias)``, X in bf16, W in NVFP4, fragment order.
 
-    A CTA computes 16 output columns (rows of W) for all tokens of its tile; its eight warps split K. A warp feeds
+    A CTA computes 16 or 32 output columns (rows of W) for all tokens of its tile; its eight warps split K. A warp feeds
     itself: chunks of 16 rows x 256 k are contiguous in memory, so one lane asks for the next by bulk copies as soon as
     the warp has read the last, and no two warps wait for each other until their partial sums are added, in a fixed
     order.
@@ -77,7 +77,7 @@ class SkinnyGemm:
         max_ctas: Int32,
         stream,
     ):
-        row_tiles = codes.shape[1]
+        row_tiles = codes.shape[1] // self.plan.blocks[0]
         token_tiles = cute.ceil_div(y.shape[1], self.plan.tile.m)
         self.kernel(x, codes, scales, alpha, bias, y).launch(
             grid=[cutlass.min(row_tiles, max_ctas * self.plan.ctas_per_sm), token_tiles, y.shape[0]],
@@ -148,7 +148,7 @@ class SkinnyWarp:
 
         # What the kernel before wrote may be read, and what it read overwritten, only from here on.
         cute.arch.griddepcontrol_wait()
-        accumulators = cute.make_rmem_tensor((4, plan.tile.m // MMA_N), Float32)
+        accumulators = cute.make_rmem_tensor((4, plan.blocks[1], plan.blocks[0]), Float32)
         stage, phase, buffer = Int32(0), Int32(0), Int32(0)
         for tile in cutlass.range(first, tiles, stride, unroll=1):
             accumulators.fill(0.0)
@@ -184,10 +184,14 @@ class WeightStream:
     def __init__(self, plan, mCodes, mScales, smem, batch: Int32, warp: Int32, lane: Int32):
         self.plan, self.mCodes, self.mScales = plan, mCodes, mScales
         self.batch, self.warp, self.lane = batch, warp, lane
-        self.row_tiles = mCodes.shape[1]
+        self.rows = plan.blocks[0]
+        self.row_tiles = mCodes.shape[1] // self.rows
+        # from a row tile of 16 to the next
+        self.codes_stride = Int64(mCodes.shape[2]) * FRAGMENT_STEP_BYTES
+        self.scales_stride = Int64(mScales.shape[2]) * FRAGMENT_SCALE_BYTES
         self.full = cute.recast_ptr(smem["barriers"], dtype=Int64) + warp * plan.stages
-        self.codes = shared_address(smem["b"]) + warp * (plan.stages * CHUNK_CODES)
-        self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * FRAGMENT_SCALE_BYTES)
+        self.codes = shared_address(smem["b"]) + warp * (plan.stages * self.rows * CHUNK_CODES)
+        self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * self.rows * FRAGMENT_SCALE_BYTES)
         self.steps, groups = mCodes.shape[2], mScales.shape[2]
         self.chunks = (groups - warp + (MMA_WARPS - 1)) // MMA_WARPS
 
@@ -205,32 +209,43 @@ class WeightStream:
 
     def addresses(self, row_tile: Int32) -> tuple[Int64, Int64]:
         """Where this warp's first chunk of a row tile begins: codes, scales."""
-        codes = self.mCodes.iterator + cute.crd2idx(
-            (self.batch, row_tile, self.first_step(Int32(0)), 0), self.mCodes.layout
+        codes, scales = self.mCodes.iterator.toint(), self.mScales.iterator.toint()
+        row = Int64(self.batch) * self.mCodes.shape[1] + row_tile * self.rows
+        return (
+            Int64(codes) + row * self.codes_stride + self.warp * CHUNK_CODES,
+            Int64(scales) + row * self.scales_stride + self.warp * FRAGMENT_SCALE_BYTES,
         )
-        scales = self.mScales.iterator + cute.crd2idx((self.batch, row_tile, self.warp, 0), self.mScales.layout)
-        return Int64(codes.toint()), Int64(scales.toint())
 
     def strides(self, row_tiles: Int32) -> tuple[Int64, Int64]:
         """From behind this warp's last chunk of a row tile to its first of the tile ``row_tiles`` on."""
-        behind = Int64(self.chunks) * MMA_WARPS
-        codes = Int64(row_tiles) * self.steps * FRAGMENT_STEP_BYTES - behind * CHUNK_CODES
-        return codes, (Int64(row_tiles) * self.mScales.shape[2] - behind) * FRAGMENT_SCALE_BYTES
+        rows, behind = Int64(row_tiles) * self.rows, Int64(self.chunks) * MMA_WARPS
+        return (
+            rows * self.codes_stride - behind * CHUNK_CODES,
+            rows * self.scales_stride - behind * FRAGMENT_SCALE_BYTES,
+        )
 
     @cute.jit
     def request(self, tile: Int32, chunk: Int32, codes: Int64, scales: Int64, stage: Int32):
-        """Ask for a chunk, the codes of up to four steps and their scales, unless the tiles are at an end."""
+        """Ask for a chunk of each of the tile's 16 rows, the codes of up to four steps and their scales, unless the
+        tiles are at an end."""
         size = Int32(CHUNK_CODES)
         if cutlass.const_expr(not self.plan.spec.whole_chunks):
             size = cutlass.min(self.steps - self.first_step(chunk), CHUNK_STEPS) * FRAGMENT_STEP_BYTES
-        barrier = self.full + stage
-        codes_slot = self.codes + stage * CHUNK_CODES
-        scales_slot = self.scales + stage * FRAGMENT_SCALE_BYTES
+        rows, barrier = self.rows, self.full + stage
+        codes_slot = self.codes + stage * (rows * CHUNK_CODES)
+        scales_slot = self.scales + stage * (rows * FRAGMENT_SCALE_BYTES)
+        codes_stride, scales_stride = self.codes_stride, self.scales_stride
         if self.lane == 0 and tile < self.row_tiles:
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, size + FRAGMENT_SCALE_BYTES)
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, (size + FRAGMENT_SCALE_BYTES) * rows)
             address = shared_address(barrier)
-            bulk_load(codes_slot, codes, size, address)
-            bulk_load(scales_slot, scales, Int32(FRAGMENT_SCALE_BYTES), address)
+            for i in cutlass.range_constexpr(rows):
+                bulk_load(codes_slot + i * CHUNK_CODES, codes + codes_stride * i, size, address)
+                bulk_load(
+                    scales_slot + i * FRAGMENT_SCALE_BYTES,
+                    scales + scales_stride * i,
+                    Int32(FRAGMENT_SCALE_BYTES),
+                    address,
+                )
 
     def wait(self, stage: Int32, phase: Int32) -> None:
         cute.arch.mbarrier_wait(self.full + stage, phase)
@@ -241,12 +256,15 @@ class WeightStream:
         steps = Int32(CHUNK_STEPS)
         if cutlass.const_expr(not self.plan.spec.whole_chunks):
             steps = self.steps - self.first_step(chunk)
-        codes = self.codes + stage * CHUNK_CODES + self.lane * 16
-        scales = load_shared_v2(self.scales + stage * FRAGMENT_SCALE_BYTES + self.lane * 8)
+        codes = self.codes + stage * (self.rows * CHUNK_CODES) + self.lane * 16
+        strip = self.scales + stage * (self.rows * FRAGMENT_SCALE_BYTES) + self.lane * 8
+        scales = [load_shared_v2(strip + i * FRAGMENT_SCALE_BYTES) for i in range(self.rows)]
         for step in cutlass.range_constexpr(CHUNK_STEPS):
             if cutlass.const_expr(self.plan.spec.whole_chunks) or step < steps:
-                words = load_shared_v4(codes + step * FRAGMENT_STEP_BYTES)
-                _multiply_step(accumulators, words, scales[step // 2], step % 2 * 2, x[None, None, step])
+                for i in cutlass.range_constexpr(self.rows):
+                    words = load_shared_v4(codes + (i * CHUNK_CODES + step * FRAGMENT_STEP_BYTES))
+                    byte = step % 2 * 2
+                    _multiply_step(accumulators[None, None, i], words, scales[i][step // 2], byte, x[None, None, step])
 
 
 def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: Int32, byte: int, x: cute.Tensor) -> None:
@@ -308,33 +326,36 @@ class Outputs:
     def __init__(self, plan, mAlpha, mBias, mY, partials: cute.Pointer, batch, token_tile, warp: Int32, lane: Int32):
         self.plan, self.mAlpha, self.mBias, self.mY = plan, mAlpha, mBias, mY
         self.batch, self.token_tile, self.warp, self.lane = batch, token_tile, warp, lane
-        self.warp_floats = plan.tile.m * PARTIAL_PITCH
+        pitch = partial_pitch(plan.tile)
+        self.warp_floats = plan.tile.m * pitch
         self.partials = cute.make_tensor(
             cute.recast_ptr(partials, dtype=Float32),
-            cute.make_layout((FRAGMENT_ROWS, plan.tile.m, MMA_WARPS, 2), stride=(
-                1, PARTIAL_PITCH, self.warp_floats, self.warp_floats * MMA_WARPS
+            cute.make_layout((plan.tile.n, plan.tile.m, MMA_WARPS, 2), stride=(
+                1, pitch, self.warp_floats, self.warp_floats * MMA_WARPS
             )),
         )  # fmt: skip
         self.barrier = pipeline.NamedBarrier(barrier_id=REDUCTION_BARRIER, num_threads=MMA_WARPS * WARP)
 
     def write_partials(self, accumulators: cute.Tensor, buffer: Int32) -> None:
-        for j in range(self.plan.tile.m // MMA_N):
-            for e in range(4):
-                row, token = self.lane // 4 + e // 2 * 8, j * MMA_N + self.lane % 4 * 2 + e % 2
-                self.partials[row, token, self.warp, buffer] = accumulators[e, j]
+        for i in range(self.plan.blocks[0]):
+            for j in range(self.plan.blocks[1]):
+                for e in range(4):
+                    row = i * FRAGMENT_ROWS + e // 2 * 8 + self.lane // 4
+                    token = j * MMA_N + self.lane % 4 * 2 + e % 2
+                    self.partials[row, token, self.warp, buffer] = accumulators[e, j, i]
 
     @cute.jit
     def reduce(self, row_tile: Int32, buffer: Int32):
-        """Each thread adds the eight partial sums of some outputs and stores them; 16 threads write 16 neighbours."""
+        """Each thread adds the eight partial sums of some outputs and stores them; neighbours write neighbours."""
         self.barrier.arrive_and_wait()
         mY, mBias, partials = self.mY, self.mBias, self.partials
         _, m, n = mY.shape
         thread, threads = self.warp * WARP + self.lane, MMA_WARPS * WARP
-        outputs = FRAGMENT_ROWS * self.plan.tile.m
+        rows, outputs = self.plan.tile.n, self.plan.tile.n * self.plan.tile.m
         for first in cutlass.range_constexpr(0, outputs, threads):
             index = first + thread
-            row, token = index % FRAGMENT_ROWS, index // FRAGMENT_ROWS
-            column, y_row = row_tile * FRAGMENT_ROWS + row, self.token_tile * self.plan.tile.m + token
+            row, token = index % rows, index // rows
+            column, y_row = row_tile * rows + row, self.token_tile * self.plan.tile.m + token
             if index < outputs and column < n and y_row < m:
                 total = partials[row, token, 0, buffer]
                 for w in cutlass.range_constexpr(1, MMA_WARPS):
