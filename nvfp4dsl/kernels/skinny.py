@@ -129,22 +129,14 @@ class SkinnyWarp:
     @cute.jit
     def run(self, first: Int32, stride: Int32):
         plan, tiles, chunks = self.plan, self.weights.row_tiles, self.weights.chunks
-        # The next chunk to ask for; a warp whose share of K is empty never asks.
-        next_tile, next_chunk = first, Int32(0)
+        # The next chunk to ask for: row tile, chunk, addresses. A warp whose share of K is empty never asks.
+        next_tile = first
         if chunks <= 0:
             next_tile = tiles
-        codes, scales = self.weights.addresses(first)
-        next_row_codes, next_row_scales = self.weights.strides(stride)
+        ahead = (next_tile, Int32(0), *self.weights.addresses(first))
         for stage in cutlass.range_constexpr(plan.stages):
-            self.weights.request(next_tile, next_chunk, codes, scales, Int32(stage))
-            next_chunk += 1
-            codes += MMA_WARPS * CHUNK_CODES
-            scales += MMA_WARPS * FRAGMENT_SCALE_BYTES
-            if next_chunk == chunks:
-                next_chunk = Int32(0)
-                next_tile += stride
-                codes += next_row_codes
-                scales += next_row_scales
+            self.weights.request(*ahead, Int32(stage))
+            ahead = self.weights.advance(*ahead, stride)
 
         # What the kernel before wrote may be read, and what it read overwritten, only from here on.
         cute.arch.griddepcontrol_wait()
@@ -158,15 +150,8 @@ class SkinnyWarp:
                 self.weights.multiply(accumulators, x, chunk, stage)
                 # all lanes have read the chunk: its place is free
                 cute.arch.sync_warp()
-                self.weights.request(next_tile, next_chunk, codes, scales, stage)
-                next_chunk += 1
-                codes += MMA_WARPS * CHUNK_CODES
-                scales += MMA_WARPS * FRAGMENT_SCALE_BYTES
-                if next_chunk == chunks:
-                    next_chunk = Int32(0)
-                    next_tile += stride
-                    codes += next_row_codes
-                    scales += next_row_scales
+                self.weights.request(*ahead, stage)
+                ahead = self.weights.advance(*ahead, stride)
                 stage += 1
                 if stage == plan.stages:
                     stage = Int32(0)
@@ -216,13 +201,21 @@ class WeightStream:
             Int64(scales) + row * self.scales_stride + self.warp * FRAGMENT_SCALE_BYTES,
         )
 
-    def strides(self, row_tiles: Int32) -> tuple[Int64, Int64]:
-        """From behind this warp's last chunk of a row tile to its first of the tile ``row_tiles`` on."""
-        rows, behind = Int64(row_tiles) * self.rows, Int64(self.chunks) * MMA_WARPS
-        return (
-            rows * self.codes_stride - behind * CHUNK_CODES,
-            rows * self.scales_stride - behind * FRAGMENT_SCALE_BYTES,
-        )
+    @cute.jit
+    def advance(self, tile: Int32, chunk: Int32, codes: Int64, scales: Int64, stride: Int32):
+        """The chunk after this one: the warp's next of the row tile, or its first of the tile ``stride`` on."""
+        chunk += 1
+        codes += MMA_WARPS * CHUNK_CODES
+        scales += MMA_WARPS * FRAGMENT_SCALE_BYTES
+        rows, read = Int64(stride) * self.rows, Int64(self.chunks) * MMA_WARPS
+        codes_on = rows * self.codes_stride - read * CHUNK_CODES
+        scales_on = rows * self.scales_stride - read * FRAGMENT_SCALE_BYTES
+        if chunk == self.chunks:
+            chunk = Int32(0)
+            tile += stride
+            codes += codes_on
+            scales += scales_on
+        return tile, chunk, codes, scales
 
     @cute.jit
     def request(self, tile: Int32, chunk: Int32, codes: Int64, scales: Int64, stage: Int32):

@@ -381,6 +381,7 @@ def test_an_edited_file_of_the_dsl_is_probed_anew(monkeypatch, tmp_path):
     file.write_text("x = 1")
     (tmp_path / "cutlass" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "cutlass", raising=False)  # a test before this one may have imported the real one
     before = key._installation()
     assert before == key._installation()
     file.write_text("x = 1\n")
