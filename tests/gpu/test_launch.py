@@ -13,6 +13,7 @@ from nvfp4dsl import jit
 from nvfp4dsl.config import GemmSpec, TileConfig
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.errors import LaunchError
+from nvfp4dsl.jit.pool import pool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="CuTe DSL is not installed here")
 
@@ -22,8 +23,8 @@ def scale(tmp_path, monkeypatch):
     """y = factor * x + bias, for sm_90a, in a cache of its own."""
     tests = str(Path(__file__).parents[1] / "unit")
     monkeypatch.setenv("NVFP4DSL_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", tests, prepend=":")
     monkeypatch.setattr(sys, "path", [tests, *sys.path])
+    pool.close()  # a worker takes over sys.path when it starts, and one may have started before
     return lambda target="sm_90a": jit.compile(GemmSpec(bias="fp32"), TileConfig(), target, builder="tiny_kernel:scale")
 
 
