@@ -16,10 +16,6 @@ from nvfp4dsl.layouts import FRAGMENT_LAST_BIT_ROTATION, FRAGMENT_ROTATIONS
 _OMMA = "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3"
 
 
-def _unpack(struct, count, kind, loc, ip):
-    return tuple(kind(llvm.extractvalue(kind.mlir_type, struct, [i], loc=loc, ip=ip)) for i in range(count))
-
-
 def _asm(result, operands, text, constraints, *, pure, loc, ip):
     return llvm.inline_asm(
         result,
@@ -32,6 +28,13 @@ def _asm(result, operands, text, constraints, *, pure, loc, ip):
         loc=loc,
         ip=ip,
     )
+
+
+def _asm_tuple(kind, count, operands, text, constraints, *, pure, loc, ip):
+    """An instruction with ``count`` results of one type."""
+    result = llvm.StructType.get_literal([kind.mlir_type] * count)
+    struct = _asm(result, operands, text, constraints, pure=pure, loc=loc, ip=ip)
+    return tuple(kind(llvm.extractvalue(kind.mlir_type, struct, [i], loc=loc, ip=ip)) for i in range(count))
 
 
 @dsl_user_op
@@ -58,8 +61,9 @@ def omma(
         f"{_OMMA} {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9}}, {{$10,$11,$12,$13}}, "
         f"{{$14}}, {{0, {sfa_thread}}}, {{$15}}, {{0, {sfb_thread}}};"
     )
-    result = _asm(
-        llvm.StructType.get_literal([T.f32()] * 4),
+    return _asm_tuple(
+        Float32,
+        4,
         [*a, *b, *c, sfa, sfb],
         text,
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f,r,r",
@@ -67,14 +71,14 @@ def omma(
         loc=loc,
         ip=ip,
     )
-    return _unpack(result, 4, Float32, loc, ip)
 
 
 @dsl_user_op
 def ldmatrix_x4(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
     """Four 8 x 16-byte matrices; lane 8i + r gives the address of row r of matrix i and gets 4 bytes of each matrix."""
-    result = _asm(
-        llvm.StructType.get_literal([T.i32()] * 4),
+    return _asm_tuple(
+        Int32,
+        4,
         [address],
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
         "=r,=r,=r,=r,r",
@@ -82,7 +86,6 @@ def ldmatrix_x4(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int
         loc=loc,
         ip=ip,
     )
-    return _unpack(result, 4, Int32, loc, ip)
 
 
 @dsl_user_op
@@ -137,8 +140,9 @@ def hmma(
     """One warp-level bf16 MMA, m16n8k16. With g = lane / 4, t = lane % 4: ``a`` holds rows g, g+8 at k 2t, 2t+1, then
     both at k+8; ``b`` column g at k 2t, 2t+1 and k+8; ``c`` as for :func:`omma`.
     """
-    result = _asm(
-        llvm.StructType.get_literal([T.f32()] * 4),
+    return _asm_tuple(
+        Float32,
+        4,
         [*a, *b, *c],
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
@@ -146,7 +150,6 @@ def hmma(
         loc=loc,
         ip=ip,
     )
-    return _unpack(result, 4, Float32, loc, ip)
 
 
 @dsl_user_op
@@ -164,10 +167,7 @@ def decode_e2m1x8(word: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int3
         f"shf.l.wrap.b32 u, $4, $4, {third}; and.b32 $2, u, {mask}; "
         f"shl.b32 u, $4, {FRAGMENT_LAST_BIT_ROTATION}; and.b32 u, u, {last}; and.b32 v, $4, {rest}; or.b32 $3, u, v; }}"
     )
-    result = _asm(
-        llvm.StructType.get_literal([T.i32()] * 4), [word], text, "=&r,=&r,=&r,=&r,r", pure=True, loc=loc, ip=ip
-    )
-    return _unpack(result, 4, Int32, loc, ip)
+    return _asm_tuple(Int32, 4, [word], text, "=&r,=&r,=&r,=&r,r", pure=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -180,28 +180,21 @@ def mul_bf16x2(x: Int32, y: Int32, *, loc=None, ip=None) -> Int32:
 def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
     """Four neighbouring 32-bit words from shared memory; the address a multiple of 16."""
     text = "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];"
-    result = _asm(
-        llvm.StructType.get_literal([T.i32()] * 4), [address], text, "=r,=r,=r,=r,r", pure=False, loc=loc, ip=ip
-    )
-    return _unpack(result, 4, Int32, loc, ip)
+    return _asm_tuple(Int32, 4, [address], text, "=r,=r,=r,=r,r", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op
 def load_shared_v2(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32]:
     """Two neighbouring 32-bit words from shared memory; the address a multiple of 8."""
     text = "ld.shared.v2.b32 {$0,$1}, [$2];"
-    result = _asm(llvm.StructType.get_literal([T.i32()] * 2), [address], text, "=r,=r,r", pure=False, loc=loc, ip=ip)
-    return _unpack(result, 2, Int32, loc, ip)
+    return _asm_tuple(Int32, 2, [address], text, "=r,=r,r", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op
 def load_global_v4(address: Int64, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
     """Four neighbouring 32-bit words from global memory; the address a multiple of 16."""
     text = "ld.global.v4.b32 {$0,$1,$2,$3}, [$4];"
-    result = _asm(
-        llvm.StructType.get_literal([T.i32()] * 4), [address], text, "=r,=r,=r,=r,l", pure=False, loc=loc, ip=ip
-    )
-    return _unpack(result, 4, Int32, loc, ip)
+    return _asm_tuple(Int32, 4, [address], text, "=r,=r,=r,=r,l", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -213,8 +206,9 @@ def load_global_v4_if(
         "{ .reg .pred p; setp.lt.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
         "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
     )
-    result = _asm(
-        llvm.StructType.get_literal([T.i32()] * 4),
+    return _asm_tuple(
+        Int32,
+        4,
         [address, index, limit],
         text,
         "=&r,=&r,=&r,=&r,l,r,r",
@@ -222,7 +216,6 @@ def load_global_v4_if(
         loc=loc,
         ip=ip,
     )
-    return _unpack(result, 4, Int32, loc, ip)
 
 
 @dsl_user_op

@@ -13,7 +13,10 @@ class PlannedMainloop(Mainloop):
     """An inner loop without a body."""
 
     def __init__(self, plan: Plan):
-        raise TargetError(f"{type(self).__name__} is not built yet; W4A4 runs on sm_120a and sm_121a (OmmaMainloop)")
+        raise TargetError(
+            f"{type(self).__name__} is not built yet; W4A4 runs on sm_120a and sm_121a (OmmaMainloop), W4A16 everywhere "
+            "(nvfp4dsl.kernels.skinny)"
+        )
 
     def bind(self, warp: Int32, lane: Int32) -> None:
         raise NotImplementedError
@@ -37,7 +40,10 @@ class WgmmaMainloop(PlannedMainloop):
 
 
 class HmmaMainloop(PlannedMainloop):
-    """HMMA, every target: warp-level bf16 mma.sync, NVFP4 weights decoded in registers."""
+    """HMMA, every target: warp-level bf16 mma.sync, NVFP4 weights decoded in registers.
+
+    For few tokens :mod:`nvfp4dsl.kernels.skinny` does this already; here it would serve tiles of many.
+    """
 
     swaps_operands: ClassVar[bool] = True
     transforms_operand: ClassVar[bool] = True
