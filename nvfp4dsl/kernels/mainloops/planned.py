@@ -14,8 +14,8 @@ class PlannedMainloop(Mainloop):
 
     def __init__(self, plan: Plan):
         raise TargetError(
-            f"{type(self).__name__} is not built yet; W4A4 runs on sm_120a and sm_121a (OmmaMainloop), W4A16 everywhere "
-            "(nvfp4dsl.kernels.skinny)"
+            f"{type(self).__name__} is not built yet; W4A4 runs on sm_120a and sm_121a (OmmaMainloop), W4A16 on "
+            "every target (nvfp4dsl.kernels.skinny)"
         )
 
     def bind(self, warp: Int32, lane: Int32) -> None:
