@@ -147,16 +147,12 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        return (MMA_WARPS + PRODUCER_WARPS) * WARP
+        """Of a CTA; the warps of the skinny kernel feed themselves."""
+        return (MMA_WARPS + (PRODUCER_WARPS if self.spec.activation == "nvfp4" else 0)) * WARP
 
     @property
     def smem_bytes(self) -> int:
         return total_bytes(self.smem)
-
-    @property
-    def accumulators(self) -> int:
-        """fp32 accumulator registers a thread holds."""
-        return self.tile.m * self.tile.n // (MMA_WARPS * WARP)
 
 
 def total_bytes(fields: tuple[SmemField, ...]) -> int:
@@ -244,9 +240,8 @@ def legal_tiles(spec: GemmSpec, target: str | Target) -> tuple[TileConfig, ...]:
     Raises:
         TargetError: unknown target.
     """
-    skinny = (TileConfig(m, n, SKINNY_K) for m, n in itertools.product(SKINNY_M, SKINNY_N))
     blocked = (TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N, TILE_K))
-    tiles = skinny if spec.activation == "bf16" else blocked
+    tiles = TILES["bf16"] if spec.activation == "bf16" else blocked
     return tuple(tile for tile in tiles if not legal(spec, tile, target))
 
 

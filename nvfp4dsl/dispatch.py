@@ -23,12 +23,11 @@ from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.errors import LayoutError, OperandError, TargetError, TileError
 from nvfp4dsl.formats import NVFP4Tensor
-from nvfp4dsl.layouts import FRAGMENT_CHUNK_K
+from nvfp4dsl.layouts import FRAGMENT_CHUNK_K, TMA_ROW_BYTES
 from nvfp4dsl.packing import layout_for
 from nvfp4dsl.targets import DEVICES, Target, get_target, target_of_capability
 
 FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TMA_ROW_BYTES = 16
 #: names of each kernel's arguments in call order, by activation mode; the last but one is the output
 ARGUMENTS = {
     "nvfp4": ("a", "sfa", "b", "sfb", "alpha_a", "alpha_b", "bias", "c", "max_ctas"),

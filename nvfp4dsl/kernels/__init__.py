@@ -14,10 +14,8 @@ from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
 from nvfp4dsl.kernels.skinny import SkinnyGemm
-from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, SCALE_ATOM_BYTES
+from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, SCALE_ATOM_BYTES, TMA_ROW_BYTES
 from nvfp4dsl.targets import get_target
-
-TMA_STRIDE_BYTES = 16
 
 __all__ = ["Gemm", "build"]
 
@@ -38,7 +36,7 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | SkinnyG
     return Gemm(planned, mainloop), _fake_arguments(spec)
 
 
-def _compact(dtype, *shape, align=TMA_STRIDE_BYTES):
+def _compact(dtype, *shape, align=TMA_ROW_BYTES):
     order = tuple(reversed(range(len(shape))))
     return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
 
@@ -49,14 +47,14 @@ def _strided(name, *shape):
 
 
 def _fake_arguments(spec: GemmSpec) -> tuple:
-    batch, m, k_bytes = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=TMA_STRIDE_BYTES)
-    aligned_n = TMA_STRIDE_BYTES // FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 1
+    batch, m, k_bytes = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=TMA_ROW_BYTES)
+    aligned_n = TMA_ROW_BYTES // FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 1
     n = cute.sym_int(divisibility=aligned_n)
 
     def scales():
         return _compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
 
-    out, out_align = FLOAT_TYPES[spec.out_dtype], TMA_STRIDE_BYTES if spec.aligned_rows else FLOAT_BYTES[spec.out_dtype]
+    out, out_align = FLOAT_TYPES[spec.out_dtype], TMA_ROW_BYTES if spec.aligned_rows else FLOAT_BYTES[spec.out_dtype]
     return (
         _compact(Uint8, batch, m, k_bytes),
         scales(),

@@ -81,7 +81,7 @@ class SkinnyGemm:
         token_tiles = cute.ceil_div(y.shape[1], self.plan.tile.m)
         self.kernel(x, codes, scales, alpha, bias, y).launch(
             grid=[cutlass.min(row_tiles, max_ctas * self.plan.ctas_per_sm), token_tiles, y.shape[0]],
-            block=[MMA_WARPS * WARP, 1, 1],
+            block=[self.plan.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.plan.ctas_per_sm,
             preferred_smem_carveout=100,  # percent: left out, the compiler would ask a driver

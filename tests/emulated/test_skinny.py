@@ -27,7 +27,8 @@ def _linear(x, weight, target, bias=None, max_ctas=2, seed=0, activation=None):
         y = nv.linear(x, prepared, bias, activation=activation)
     (run,) = emulation.runs
     assert run.kernel.meta["spills"] == 0
-    assert run.launch.smem_bytes == plan(run.kernel.spec, run.kernel.tile, target).smem_bytes
+    planned = plan(run.kernel.spec, run.kernel.tile, target)
+    assert (run.launch.smem_bytes, run.launch.block[0]) == (planned.smem_bytes, planned.threads)
     return y
 
 

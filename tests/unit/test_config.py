@@ -4,7 +4,20 @@ import dataclasses
 
 import pytest
 
-from nvfp4dsl.config import MAX_ACCUMULATORS, TILES, GemmSpec, TileConfig, legal, plan, total_bytes
+from nvfp4dsl.config import (
+    LAUNCH_REGISTERS,
+    MAX_ACCUMULATORS,
+    MMA_REGISTERS,
+    MMA_WARPS,
+    PRODUCER_REGISTERS,
+    PRODUCER_WARPS,
+    TILES,
+    GemmSpec,
+    TileConfig,
+    legal,
+    plan,
+    total_bytes,
+)
 from nvfp4dsl.errors import TargetError, TileError
 from nvfp4dsl.targets import DEVICES, TARGETS, get_target, target_of_capability
 
@@ -26,6 +39,12 @@ def test_unknown_target_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("name", TARGETS)
 def test_capability_finds_the_target_again(name):
     assert target_of_capability(*TARGETS[name].capability) is TARGETS[name]
+
+
+def test_registers_that_change_hands_are_there():
+    """setmaxnreg never wakes a warp whose registers nobody gives back."""
+    after = PRODUCER_WARPS * PRODUCER_REGISTERS + MMA_WARPS * MMA_REGISTERS
+    assert after <= (PRODUCER_WARPS + MMA_WARPS) * LAUNCH_REGISTERS
 
 
 @pytest.mark.parametrize("target", SM12X)
