@@ -29,7 +29,7 @@ COMPILE_OPTIONS = "--enable-tvm-ffi --keep-ptx --keep-cubin"
 CLOSURE = {
     "nvfp4dsl": (
         "kernels/**/*.py",
-        "config.py",
+        "config/**/*.py",
         "constants.py",
         "errors.py",
         "formats.py",

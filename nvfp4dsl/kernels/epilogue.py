@@ -18,7 +18,9 @@ import cutlass.pipeline as pipeline
 from cutlass import BFloat16, Float16, Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
-from nvfp4dsl.config import EPILOGUE_COLUMNS, MMA_M, MMA_N, MMA_WARPS, WARP, Plan
+from nvfp4dsl.config import Plan
+from nvfp4dsl.config.omma import EPILOGUE_COLUMNS
+from nvfp4dsl.config.spec import MMA_M, MMA_N, MMA_WARPS, WARP
 from nvfp4dsl.kernels.instructions import fma, pack_half2, shared_address, stmatrix_x4, store_shared_f32x2
 from nvfp4dsl.kernels.mainloops.omma import block_column, warp_coord
 from nvfp4dsl.kernels.schedule import TileCoord

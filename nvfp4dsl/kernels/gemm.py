@@ -6,16 +6,9 @@ import cutlass.pipeline as pipeline
 from cutlass import Int32, Int64, Uint8
 from cutlass.cute.nvgpu import cpasync
 
-from nvfp4dsl.config import (
-    EPILOGUE_COLUMNS,
-    FLOAT_BYTES,
-    MMA_K,
-    MMA_REGISTERS,
-    MMA_WARPS,
-    PRODUCER_REGISTERS,
-    Plan,
-    scale_atoms,
-)
+from nvfp4dsl.config import FLOAT_BYTES, Plan
+from nvfp4dsl.config.omma import EPILOGUE_COLUMNS, MMA_REGISTERS, PRODUCER_REGISTERS, scale_atoms
+from nvfp4dsl.config.spec import MMA_K, MMA_WARPS
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES, Epilogue, Scaling
 from nvfp4dsl.kernels.instructions import shared_address

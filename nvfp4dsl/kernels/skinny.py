@@ -9,7 +9,8 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, Int64, Uint8
 
-from nvfp4dsl.config import MMA_N, MMA_WARPS, WARP, Plan, partial_pitch
+from nvfp4dsl.config.skinny import partial_pitch
+from nvfp4dsl.config.spec import MMA_N, MMA_WARPS, WARP, Plan
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.instructions import (
@@ -85,7 +86,7 @@ class SkinnyGemm:
             stream=stream,
             min_blocks_per_mp=self.plan.ctas_per_sm,
             preferred_smem_carveout=100,  # percent: left out, the compiler would ask a driver
-            use_pdl=True,
+            use_pdl=self.plan.spec.pdl,
         )
 
     @cute.kernel

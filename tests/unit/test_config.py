@@ -4,20 +4,9 @@ import dataclasses
 
 import pytest
 
-from nvfp4dsl.config import (
-    LAUNCH_REGISTERS,
-    MAX_ACCUMULATORS,
-    MMA_REGISTERS,
-    MMA_WARPS,
-    PRODUCER_REGISTERS,
-    PRODUCER_WARPS,
-    TILES,
-    GemmSpec,
-    TileConfig,
-    legal,
-    plan,
-    total_bytes,
-)
+from nvfp4dsl.config import TILES, GemmSpec, TileConfig, legal, plan, total_bytes
+from nvfp4dsl.config.omma import LAUNCH_REGISTERS, MAX_ACCUMULATORS, MMA_REGISTERS, PRODUCER_REGISTERS, PRODUCER_WARPS
+from nvfp4dsl.config.spec import MMA_WARPS
 from nvfp4dsl.errors import TargetError, TileError
 from nvfp4dsl.targets import DEVICES, TARGETS, get_target, target_of_capability
 
@@ -80,6 +69,7 @@ def test_stage_count_includes_barriers_and_alignment():
         (TileConfig(128, 96, 128), ["N=96", "128"]),
         (TileConfig(128, 128, 64), ["K=64"]),
         (TileConfig(128, 128, 128, stages=1), ["1 stages"]),
+        (TileConfig(128, 128, 128, split=3), ["split=3"]),
     ],
     ids=str,
 )
@@ -105,8 +95,9 @@ def test_spec_refuses_unknown_types():
 
 
 def test_tile_text_round_trips():
-    for tile in (*TILES["nvfp4"], TileConfig(128, 128, 128, 3)):
+    named = (TileConfig(128, 128, 128, 3), TileConfig(64, 128, 64, 4, split=2), TileConfig(128, 64, 128, pingpong=True))
+    for tile in (*TILES["nvfp4"], *TILES["bf16"], *named):
         assert TileConfig.parse(str(tile)) == tile
-    for text in ("128", "128x128", "axbxc", "1x2x3x4x5"):
+    for text in ("128", "128x128", "axbxc", "1x2x3x4x5", "1x2x3/", "1x2x3-pong"):
         with pytest.raises(TileError, match="MxNxK"):
             TileConfig.parse(text)

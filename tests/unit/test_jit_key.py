@@ -68,8 +68,13 @@ SPECS = [
     GemmSpec(out_dtype="fp32"),
     GemmSpec(aligned_rows=False),
     GemmSpec(whole_chunks=True),
+    GemmSpec(pdl=False),
+    GemmSpec(early_weights=False),
 ]
-TILES = [TileConfig(), TileConfig(m=64), TileConfig(n=64), TileConfig(k=256), TileConfig(stages=3)]
+TILES = [
+    *(TileConfig(), TileConfig(m=64), TileConfig(n=64), TileConfig(k=256), TileConfig(stages=3)),
+    *(TileConfig(split=2), TileConfig(pingpong=True)),
+]
 
 
 def test_each_field_of_spec_and_tile_changes_the_key():
@@ -123,7 +128,7 @@ def roots(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["kernels/gemm.py", "kernels/roles/producer.py", "layouts.py", "config.py", "formats.py", "targets.py"]
+    "path", ["kernels/gemm.py", "kernels/roles/producer.py", "layouts.py", "config/spec.py", "formats.py", "targets.py"]
 )
 def test_editing_a_kernel_source_changes_the_closure(roots, path):
     with open(roots["nvfp4dsl"] / path, "a") as file:

@@ -12,13 +12,9 @@ from typing import Any, ClassVar, Literal
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from nvfp4dsl.config import (
-    EPILOGUE_COLUMNS,
-    MMA_K,
-    MMA_M,
-    MMA_N,
-    Plan,
-)
+from nvfp4dsl.config import Plan
+from nvfp4dsl.config.omma import EPILOGUE_COLUMNS
+from nvfp4dsl.config.spec import MMA_K, MMA_M, MMA_N
 from nvfp4dsl.kernels.instructions import ldmatrix_x4, load_shared, omma
 from nvfp4dsl.kernels.mainloops.base import Mainloop, Stage
 from nvfp4dsl.kernels.swizzle import CHUNK, row_term

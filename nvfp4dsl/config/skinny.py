@@ -1,0 +1,100 @@
+"""Skinny tiles (W4A16, few tokens): weights stream to warps that share K."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from nvfp4dsl.config.spec import (
+    MAX_STAGES,
+    MBARRIER_BYTES,
+    MIN_STAGES,
+    MMA_N,
+    MMA_WARPS,
+    SCALE_ALIGN,
+    WARP,
+    GemmSpec,
+    Plan,
+    SmemField,
+    TileConfig,
+    extent_reasons,
+    total_bytes,
+)
+from nvfp4dsl.layouts import (
+    FRAGMENT_K,
+    FRAGMENT_ROWS,
+    FRAGMENT_SCALE_BYTES,
+    FRAGMENT_SCALE_STEPS,
+    FRAGMENT_STEP_BYTES,
+)
+from nvfp4dsl.targets import Target
+
+#: a skinny tile (W4A16): tokens x 16 or 32 weight rows; a stage holds, for each of 8 warps, four steps of 64 k.
+TILE_N = (FRAGMENT_ROWS, 2 * FRAGMENT_ROWS)
+TILE_M, TILE_K = (8, 16, 32), (MMA_WARPS * FRAGMENT_SCALE_STEPS * FRAGMENT_K,)
+#: most CTAs that share an SM, by tokens: fragments of more tokens take more registers; and the shared memory the driver
+#: keeps of each CTA.
+MAX_CTAS, RESERVED_SMEM = {8: 2, 16: 2, 32: 1}, 1024
+#: what dispatch chooses from; the first is the default.
+TILES = tuple(TileConfig(*extents) for extents in itertools.product(TILE_M, TILE_N, TILE_K))
+
+
+def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:
+    """Every tile of the family."""
+    return TILES
+
+
+def smem_fields(tile: TileConfig, stages: int) -> tuple[SmemField, ...]:
+    """Shared memory of the skinny kernel: each warp's ring of chunks, and two buffers of partial sums."""
+    codes, chunks = FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES, MMA_WARPS * stages * (tile.n // FRAGMENT_ROWS)
+    return (
+        SmemField("barriers", MMA_WARPS * stages * MBARRIER_BYTES, MBARRIER_BYTES),
+        SmemField("b", chunks * codes, SCALE_ALIGN),
+        SmemField("sfb", chunks * FRAGMENT_SCALE_BYTES, SCALE_ALIGN),
+        SmemField("partials", 2 * MMA_WARPS * tile.m * partial_pitch(tile) * 4, SCALE_ALIGN),
+    )
+
+
+def partial_pitch(tile: TileConfig) -> int:
+    """Floats from one token's partial sums to the next's: the rows, and a pad that spreads a warp over all banks."""
+    return tile.n + 4
+
+
+def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
+    """Why the tile cannot be built; see :func:`nvfp4dsl.config.legal`."""
+    wrong = extent_reasons(tile, TILE_M, TILE_N, TILE_K)
+    if wrong:
+        return wrong
+    stages = tile.stages if tile.stages is not None else MIN_STAGES
+    if not MIN_STAGES <= stages <= MAX_STAGES:
+        return [f"{stages} stages: allowed are {MIN_STAGES} to {MAX_STAGES}"]
+    need = total_bytes(smem_fields(tile, stages))
+    if need <= target.smem_per_block:
+        return []
+    return [
+        f"{stages} stages of {tile.m}x{tile.n}x{tile.k} take {need} bytes of shared memory; "
+        f"a block on {target.name} may use {target.smem_per_block}"
+    ]
+
+
+def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
+    """As many CTAs an SM as leave each two stages; then as many stages, up to four, as fit."""
+    wanted = (tile.stages,) if tile.stages else (4, 3, 2)
+    for ctas, stages in itertools.product(range(MAX_CTAS[tile.m], 0, -1), wanted):
+        fields = smem_fields(tile, stages)
+        if (total_bytes(fields) + RESERVED_SMEM) * ctas <= target.smem_per_block + RESERVED_SMEM:
+            return Plan(
+                spec=spec,
+                tile=replace(tile, stages=stages),
+                warps=(1, MMA_WARPS),
+                blocks=(tile.n // FRAGMENT_ROWS, tile.m // MMA_N),
+                stages=stages,
+                epilogue_stages=2,
+                smem=fields,
+                transaction_bytes=tile.n
+                // FRAGMENT_ROWS
+                * (FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES),
+                threads=MMA_WARPS * WARP,
+                ctas_per_sm=ctas,
+            )
+    raise AssertionError(f"{tile} is legal, so one CTA with {MIN_STAGES} stages fits")

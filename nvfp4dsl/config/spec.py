@@ -1,0 +1,154 @@
+"""What a GEMM computes (:class:`GemmSpec`), how it is cut up (:class:`TileConfig`), what follows (:class:`Plan`)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nvfp4dsl.errors import TileError
+
+FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+WARP = 32
+MMA_WARPS = 8
+MMA_M, MMA_N, MMA_K = 16, 8, 64
+#: a mainloop that does not overlap loads with math is not worth launching.
+MIN_STAGES = 2
+MAX_STAGES = 8
+MBARRIER_BYTES = 8
+#: TMA's 128-byte swizzle repeats every 1024 bytes, so swizzled buffers start there.
+TMA_ALIGN, SCALE_ALIGN = 1024, 128
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """What is computed: ``C[l] = alpha * A[l] @ B[l].T (+ bias)``, A and B in NVFP4, K contiguous in both.
+
+    Attributes:
+        activation: numeric mode: ``"nvfp4"`` (both operands FP4) or ``"bf16"`` (FP4 weights only).
+        out_dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        bias: type of the vector of N values that is added in fp32, or None: ``"bf16"``, ``"fp16"``, ``"fp32"``.
+        aligned_rows: output rows start on 16-byte boundaries, so TMA may store them; otherwise stores are predicated.
+        whole_chunks: for weights in fragment order: K is a multiple of 256, so no chunk of them is partial.
+        pdl: launched with programmatic dependent launch, so that the kernel's start overlaps the end of the one before.
+        early_weights: the weights may be requested before the kernel before has ended; False if it writes them.
+    """
+
+    activation: str = "nvfp4"
+    out_dtype: str = "bf16"
+    bias: str | None = None
+    aligned_rows: bool = True
+    whole_chunks: bool = False
+    pdl: bool = True
+    early_weights: bool = True
+
+    def __post_init__(self) -> None:
+        if self.activation not in ("nvfp4", "bf16"):
+            raise ValueError(f"activation {self.activation!r} is not a mode; allowed: 'nvfp4', 'bf16'")
+        if self.out_dtype not in FLOAT_BYTES:
+            raise ValueError(f"out_dtype {self.out_dtype!r} is not offered; allowed: {', '.join(FLOAT_BYTES)}")
+        if self.bias is not None and self.bias not in FLOAT_BYTES:
+            raise ValueError(f"bias {self.bias!r} is not offered; allowed: None, {', '.join(FLOAT_BYTES)}")
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """The CTA tile M x N x K in elements.
+
+    Attributes:
+        m, n, k: extents.
+        stages: buffers of the load ring; None takes as many as fit.
+        split: CTAs of a thread-block cluster that share a tile's K.
+        pingpong: two groups of MMA warps take turns, each with a tile of its own; otherwise all work on one tile.
+    """
+
+    m: int = 128
+    n: int = 128
+    k: int = 128
+    stages: int | None = None
+    split: int = 1
+    pingpong: bool = False
+
+    _TEXT: ClassVar[re.Pattern[str]] = re.compile(r"(\d+)x(\d+)x(\d+)(?:x(\d+))?(?:/(\d+))?(-pingpong)?")
+
+    @classmethod
+    def parse(cls, text: str) -> TileConfig:
+        """``"128x128x256"``; then, each optional, ``x`` stages, ``/`` split and ``-pingpong``: ``"64x128x64x4/2"``."""
+        match = cls._TEXT.fullmatch(text.lower().strip())
+        if match is None:
+            raise TileError(
+                f"cannot read tile {text!r}; write MxNxK, then xSTAGES, /SPLIT and -pingpong as needed, "
+                "e.g. 128x128x128, 64x128x64x4/2"
+            )
+        m, n, k = (int(number) for number in match.groups()[:3])
+        stages, split = (int(number) if number else None for number in match.groups()[3:5])
+        return cls(m, n, k, stages, split or 1, bool(match[6]))
+
+    def __str__(self) -> str:
+        text = "x".join(str(v) for v in (self.m, self.n, self.k, self.stages) if v is not None)
+        return text + (f"/{self.split}" if self.split != 1 else "") + ("-pingpong" if self.pingpong else "")
+
+
+@dataclass(frozen=True)
+class SmemField:
+    """One array in shared memory: ``bytes`` at an offset that is a multiple of ``align``."""
+
+    name: str
+    bytes: int
+    align: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A legal tile with everything derived from it.
+
+    Attributes:
+        warps: MMA warps along (M, N).
+        blocks: m16 and n8 blocks one warp owns.
+        stages, epilogue_stages: buffers of the load ring and of the store ring.
+        smem: fields in the order they are allocated.
+        transaction_bytes: what TMA delivers to one stage's barrier.
+        threads: of a CTA.
+        ctas_per_sm: CTAs that share a multiprocessor.
+    """
+
+    spec: GemmSpec
+    tile: TileConfig
+    warps: tuple[int, int]
+    blocks: tuple[int, int]
+    stages: int
+    epilogue_stages: int
+    smem: tuple[SmemField, ...]
+    transaction_bytes: int
+    threads: int
+    ctas_per_sm: int = 1
+
+    @property
+    def smem_bytes(self) -> int:
+        return total_bytes(self.smem)
+
+
+def total_bytes(fields: tuple[SmemField, ...]) -> int:
+    """Bytes of shared memory that ``fields`` occupy, alignment gaps included."""
+    offset = 0
+    for field in fields:
+        offset = -(-offset // field.align) * field.align + field.bytes
+    return offset
+
+
+def extent_reasons(
+    tile: TileConfig,
+    m: tuple[int, ...],
+    n: tuple[int, ...],
+    k: tuple[int, ...],
+    split: tuple[int, ...] = (1,),
+    pingpong: tuple[bool, ...] = (False,),
+) -> list[str]:
+    """A sentence for each value of a tile that is not among those a kernel family offers."""
+    offered = {"m": m, "n": n, "k": k, "split": split, "pingpong": pingpong}
+    return [
+        f"{name.upper() if len(name) == 1 else name}={getattr(tile, name)}: allowed are {', '.join(map(str, allowed))}"
+        for name, allowed in offered.items()
+        if getattr(tile, name) not in allowed
+    ]
