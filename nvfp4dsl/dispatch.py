@@ -19,11 +19,12 @@ import torch
 
 from nvfp4dsl import emulator, jit, reference
 from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal
+from nvfp4dsl.config.skinny import CHUNK_K
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.errors import LayoutError, OperandError, TargetError, TileError
 from nvfp4dsl.formats import NVFP4Tensor
-from nvfp4dsl.layouts import FRAGMENT_CHUNK_K, TMA_ROW_BYTES
+from nvfp4dsl.layouts import TMA_ROW_BYTES
 from nvfp4dsl.packing import layout_for
 from nvfp4dsl.targets import DEVICES, Target, get_target, target_of_capability
 
@@ -264,7 +265,7 @@ def skinny(
         out_dtype=FLOATS[out_dtype],
         bias=None if bias is None else FLOATS[bias.dtype],
         aligned_rows=False,
-        whole_chunks=weight.k % FRAGMENT_CHUNK_K == 0,
+        whole_chunks=weight.k % CHUNK_K == 0,
     )
     kernel = kernel_for(spec, choose_tile(spec, m, n, target.name, sm_count(x.device)), target.name)
     if x.stride(-1) != 1 or x.data_ptr() % TMA_ROW_BYTES or any(s % 8 for s in x.stride()[:-1]):

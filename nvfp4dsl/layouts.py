@@ -10,7 +10,8 @@ The rules:
 * packed codes: ``NIBBLES`` e2m1 codes a byte, the even k in the low nibble;
 * ``blackwell`` codes: rows of ``packed_k(k)`` codes, zero padded, so that a row's stride suits TMA;
 * ``blackwell`` block scales: :func:`scale_layout`, atoms of 128 rows x 4 blocks = 512 bytes, pads zero;
-* ``fragments``, for weights that are decoded in registers: :func:`fragment_code_bit` and :func:`fragment_scale_offset`.
+* ``fragments``, for weights that are decoded in registers: ``FRAGMENT_CODES``, ``FRAGMENT_SCALES``,
+  :func:`fragment_code_bit`.
 """
 
 from __future__ import annotations
@@ -147,43 +148,33 @@ def scale_coordinate(offset: Any, rows: int, k: int) -> tuple[Any, Any]:
 
 # Fragment order -----------------------------------------------------------------------------------------------------
 #
-# A step is 16 rows x 64 k, what four m16n8k16 MMAs of one warp consume. Lane 4g + t owns the t-th block of 16 k of rows
-# g and g + 8, so one scale serves all its values of a row, and its share of the step is one 16-byte load: two words of
-# row g, two of row g + 8. The MMAs may take k in any order, as long as both operands do: MMA i of the step takes, of
-# each block, k 4i .. 4i + 3.
+# A step is 16 rows x 64 k, what four m16n8k16 MMAs of one warp consume, in the MMA's own order: word j of a lane's four
+# is the A fragment of MMA j, k 16j .. 16j + 15, of which lane 4g + t has rows g and g + 8 at k 2t, 2t + 1, 2t + 8,
+# 2t + 9. One load of 16 bytes brings a lane its share of a step. Each MMA has one block scale a row; the eight of rows
+# g and g + 8 in a step lie together.
 #
 # A word holds eight codes such that four shifts and rotations, each masked, yield four pairs of bf16 whose sign is bit
 # 15 and whose three magnitude bits are 8:6, the low bits of the exponent and the high bit of the mantissa. The value is
-# then the code's times 2^-126, subnormal codes included. Pair p is the codes 2p (low half) and 2p + 1 (high half).
+# then the code's times 2^-126, subnormal codes included. Pair p is the codes 2p (low half) and 2p + 1 (high half), and
+# register p of the fragment.
 
 FRAGMENT_ROWS, FRAGMENT_K = 16, 64
 FRAGMENT_STEP_BYTES = FRAGMENT_ROWS * FRAGMENT_K // NIBBLES
+FRAGMENT_SCALE_BYTES = FRAGMENT_ROWS * FRAGMENT_K // BLOCK
 #: left rotation that brings each pair into place; the last pair's highest magnitude bit has one of its own.
 FRAGMENT_ROTATIONS, FRAGMENT_LAST_BIT_ROTATION = (4, 10, 14, 0), 8
-#: steps whose scales lie together, so that a lane reads those of two rows and four steps as 8 bytes.
-FRAGMENT_SCALE_STEPS = 4
-FRAGMENT_SCALE_BYTES = FRAGMENT_SCALE_STEPS * FRAGMENT_ROWS * SCALE_ATOM_BLOCKS
-FRAGMENT_CHUNK_K = FRAGMENT_SCALE_STEPS * FRAGMENT_K
+#: (row, k) of a step to 8 * word + code within the word: word 4 * lane + j, lane 4g + t.
+FRAGMENT_CODES = IntLayout(((8, 2), (2, 4, 2, 4)), ((128, 2), (1, 32, 4, 8)))
+#: (row, k) of a step to the byte of its scale: rows g and g + 8 side by side, the four blocks of g together.
+FRAGMENT_SCALES = IntLayout(((8, 2), (BLOCK, 4)), ((8, 1), (0, 2)))
 
 
-def fragment_word_bit(value: int, bit: int) -> int:
-    """Where bit ``bit`` (3: sign, 2..0: magnitude) of the ``value``-th of a word's eight codes lies in the word."""
-    pair, half = divmod(value, 2)
+def fragment_code_bit(code: int, bit: int) -> int:
+    """Where bit ``bit`` (3: sign, 2..0: magnitude) of the ``code``-th of a word's eight codes lies in the word."""
+    pair, half = divmod(code, 2)
     target = 16 * half + (15 if bit == 3 else 6 + bit)
     rotation = FRAGMENT_LAST_BIT_ROTATION if pair == 3 and bit == 2 else FRAGMENT_ROTATIONS[pair]
     return (target - rotation) % 32
-
-
-def fragment_word(row: Any, k: Any) -> Any:
-    """Index, among one step's 128 words, of the one that holds codes k .. k + 7 of a row; k a multiple of 8."""
-    lane = row % 8 * 4 + k // BLOCK % 4
-    return lane * 4 + row // 8 % 2 * 2 + k // 8 % 2
-
-
-def fragment_scale_offset(row: Any, block: Any) -> Any:
-    """Byte offset of a block's scale, among the scales of 16 rows x 16 blocks (256 k) that lie together."""
-    lane = row % 8 * 4 + block % 4
-    return lane * (2 * FRAGMENT_SCALE_STEPS) + block // 4 % FRAGMENT_SCALE_STEPS * 2 + row // 8 % 2
 
 
 # Block scales of a weight in fragment order keep a 5-bit exponent, so that e4m3's subnormals become normal and a shift

@@ -14,19 +14,18 @@ from nvfp4dsl.constants import BLOCK, NIBBLES
 from nvfp4dsl.errors import OperandError, TargetError
 from nvfp4dsl.formats import CANONICAL, STORAGES, NVFP4Tensor, Storage, pack_codes, unpack_codes
 from nvfp4dsl.layouts import (
+    FRAGMENT_CODES,
     FRAGMENT_K,
     FRAGMENT_ROWS,
     FRAGMENT_SCALE_BIAS,
     FRAGMENT_SCALE_BYTES,
-    FRAGMENT_SCALE_STEPS,
     FRAGMENT_SCALE_ZERO,
+    FRAGMENT_SCALES,
     FRAGMENT_STEP_BYTES,
-    SCALE_ATOM_BLOCKS,
     SCALE_ATOM_BYTES,
+    IntLayout,
     ceil_div,
-    fragment_scale_offset,
-    fragment_word,
-    fragment_word_bit,
+    fragment_code_bit,
     packed_k,
     scale_offset,
     scale_tiles,
@@ -94,10 +93,10 @@ STORAGES[BLACKWELL] = Storage(
 
 
 def _code_table(device: torch.device) -> torch.Tensor:
-    """int32 [8, 16]: what the v-th code of a word contributes to it, for each of the 16 codes."""
+    """int32 [8, 16]: what the i-th code of a word contributes to it, for each of the 16 codes."""
     table = torch.zeros(8, 16, dtype=torch.int64)
-    for value, code, bit in itertools.product(range(8), range(16), range(4)):
-        table[value, code] |= (code >> bit & 1) << fragment_word_bit(value, bit)
+    for i, code, bit in itertools.product(range(8), range(16), range(4)):
+        table[i, code] |= (code >> bit & 1) << fragment_code_bit(i, bit)
     return table.to(torch.int32).to(device)  # bit 31 wraps into the sign
 
 
@@ -114,60 +113,63 @@ def _scale_table(device: torch.device) -> torch.Tensor:
     return table.to(device)
 
 
-def _fragment_words(steps_k: int, device: torch.device) -> torch.Tensor:
-    """Place of the word of (row, group of 8 k) among a step's 128: int64 [16, 8]."""
+def _fragment_tiles(n: int, k: int) -> tuple[int, int]:
+    """(tiles of 16 rows, an even number since kernels may take two at a time; steps of 64 k)."""
+    return 2 * ceil_div(n, 2 * FRAGMENT_ROWS), ceil_div(k, FRAGMENT_K)
+
+
+def _steps(matrix: torch.Tensor, k: int) -> torch.Tensor:
+    """[..., R, C], whose C columns are k values, to [..., R/16, k/64, 16, C / (k/64)]: the steps of a matrix."""
+    steps = k // FRAGMENT_K
+    return matrix.unflatten(-1, (steps, -1)).unflatten(-3, (-1, FRAGMENT_ROWS)).transpose(-3, -2)
+
+
+def _unsteps(steps: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`_steps`."""
+    return steps.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def _fragment_index(layout: IntLayout, columns: int, device: torch.device) -> torch.Tensor:
+    """Place of each (row, column) of a step: int64 [16, columns]."""
     row = torch.arange(FRAGMENT_ROWS, device=device).unsqueeze(-1)
-    return fragment_word(row, torch.arange(0, steps_k, 8, device=device))
-
-
-def _fragment_scales(device: torch.device) -> torch.Tensor:
-    """Place of the scale of (row, block) among 256: int64 [16, 16]."""
-    row = torch.arange(FRAGMENT_ROWS, device=device).unsqueeze(-1)
-    return fragment_scale_offset(row, torch.arange(FRAGMENT_SCALE_STEPS * SCALE_ATOM_BLOCKS, device=device))
-
-
-def _fragment_tiles(n: int, k: int) -> tuple[int, int, int]:
-    """(tiles of 16 rows, an even number since kernels may take two at a time; steps of 64 k; groups of 4 steps)."""
-    steps = ceil_div(k, FRAGMENT_K)
-    return 2 * ceil_div(n, 2 * FRAGMENT_ROWS), steps, ceil_div(steps, FRAGMENT_SCALE_STEPS)
+    return layout(row, torch.arange(0, FRAGMENT_K, FRAGMENT_K // columns, device=device))
 
 
 def _to_fragments(t: NVFP4Tensor) -> NVFP4Tensor:
-    *batch, n, k = t.shape
-    tiles, steps, groups = _fragment_tiles(n, k)
-    pad_rows = tiles * FRAGMENT_ROWS - n
-    codes = pad(unpack_codes(t.qdata), (0, steps * FRAGMENT_K - k, 0, pad_rows))
-    codes = codes.view(*batch, tiles, FRAGMENT_ROWS, steps, FRAGMENT_K // 8, 8)
-    table = _code_table(codes.device)
-    words = table[0][codes[..., 0].int()]
-    for value in range(1, 8):
-        words |= table[value][codes[..., value].int()]
-    placed = torch.empty(*batch, tiles, steps, FRAGMENT_STEP_BYTES // 4, dtype=torch.int32, device=codes.device)
-    placed[..., _fragment_words(FRAGMENT_K, codes.device)] = words.transpose(-3, -2)
+    n, k = t.shape[-2:]
+    tiles, steps = _fragment_tiles(n, k)
+    pad_rows, pad_k = tiles * FRAGMENT_ROWS - n, steps * FRAGMENT_K - k
+    device = t.device
 
-    blocks = groups * FRAGMENT_SCALE_STEPS * SCALE_ATOM_BLOCKS
-    scales = pad(t.scale.view(torch.uint8), (0, blocks - k // BLOCK, 0, pad_rows))
-    scales = _scale_table(codes.device)[scales.int()].view(*batch, tiles, FRAGMENT_ROWS, groups, -1)
-    strip = torch.empty(*batch, tiles, groups, FRAGMENT_SCALE_BYTES, dtype=torch.uint8, device=codes.device)
-    strip[..., _fragment_scales(codes.device)] = scales.transpose(-3, -2)
-    return t._with(qdata=placed.view(torch.uint8), scale=strip.view(torch.float8_e4m3fn), layout=FRAGMENTS)
+    codes = _steps(pad(unpack_codes(t.qdata), (0, pad_k, 0, pad_rows)), steps * FRAGMENT_K)
+    placed = torch.empty(*codes.shape[:-2], FRAGMENT_STEP_BYTES * NIBBLES, dtype=torch.uint8, device=device)
+    placed[..., _fragment_index(FRAGMENT_CODES, FRAGMENT_K, device)] = codes
+    placed = placed.unflatten(-1, (-1, 8))
+    table = _code_table(device)
+    words = table[0][placed[..., 0].int()]
+    for i in range(1, 8):
+        words |= table[i][placed[..., i].int()]
+
+    scales = _steps(pad(t.scale.view(torch.uint8), (0, pad_k // BLOCK, 0, pad_rows)), steps * FRAGMENT_K)
+    strip = torch.empty(*scales.shape[:-2], FRAGMENT_SCALE_BYTES, dtype=torch.uint8, device=device)
+    strip[..., _fragment_index(FRAGMENT_SCALES, FRAGMENT_K // BLOCK, device)] = _scale_table(device)[scales.int()]
+    return t._with(qdata=words.view(torch.uint8), scale=strip.view(torch.float8_e4m3fn), layout=FRAGMENTS)
 
 
 def _from_fragments(t: NVFP4Tensor) -> NVFP4Tensor:
-    *batch, n, k = t.shape
-    tiles, steps, _ = _fragment_tiles(n, k)
-    words = t.qdata.view(torch.int32)[..., _fragment_words(FRAGMENT_K, t.device)].transpose(-3, -2)
-    codes = torch.zeros(*words.shape, 8, dtype=torch.uint8, device=t.device)
-    for value, bit in itertools.product(range(8), range(4)):
-        codes[..., value] |= ((words >> fragment_word_bit(value, bit) & 1) << bit).to(torch.uint8)
-    codes = codes.reshape(*batch, tiles * FRAGMENT_ROWS, steps * FRAGMENT_K)[..., :n, :k]
+    (n, k), device = t.shape[-2:], t.device
+    words = t.qdata.view(torch.int32)
+    placed = torch.zeros(*words.shape, 8, dtype=torch.uint8, device=device)
+    for i, bit in itertools.product(range(8), range(4)):
+        placed[..., i] |= ((words >> fragment_code_bit(i, bit) & 1) << bit).to(torch.uint8)
+    codes = _unsteps(placed.flatten(-2)[..., _fragment_index(FRAGMENT_CODES, FRAGMENT_K, device)])[..., :n, :k]
 
-    encoded = t.scale.view(torch.uint8)[..., _fragment_scales(t.device)].transpose(-3, -2)
-    table = _scale_table(t.device)
-    back = torch.zeros(256, dtype=torch.uint8, device=t.device)
-    known = torch.tensor([*range(0x7F), 0x80], device=t.device)
+    table = _scale_table(device)
+    back = torch.zeros(256, dtype=torch.uint8, device=device)
+    known = torch.tensor([*range(0x7F), 0x80], device=device)
     back[table[known].int()] = known.to(torch.uint8)
-    scale = back[encoded.int()].reshape(*batch, tiles * FRAGMENT_ROWS, -1)[..., :n, : k // BLOCK]
+    encoded = t.scale.view(torch.uint8)[..., _fragment_index(FRAGMENT_SCALES, FRAGMENT_K // BLOCK, device)]
+    scale = _unsteps(back[encoded.int()])[..., :n, : k // BLOCK]
     return t._with(
         qdata=pack_codes(codes).contiguous(), scale=scale.contiguous().view(torch.float8_e4m3fn), layout=CANONICAL
     )
@@ -176,8 +178,8 @@ def _from_fragments(t: NVFP4Tensor) -> NVFP4Tensor:
 STORAGES[FRAGMENTS] = Storage(
     FRAGMENTS,
     shapes=lambda n, k: (
-        (*_fragment_tiles(n, k)[:2], FRAGMENT_STEP_BYTES),
-        (_fragment_tiles(n, k)[0], _fragment_tiles(n, k)[2], FRAGMENT_SCALE_BYTES),
+        (*_fragment_tiles(n, k), FRAGMENT_STEP_BYTES),
+        (*_fragment_tiles(n, k), FRAGMENT_SCALE_BYTES),
     ),
     canonicalize=_from_fragments,
     rank=3,
@@ -215,7 +217,7 @@ def prepare(tensor: NVFP4Tensor, target: str, *, activation: str | None = None) 
 
         * ``blackwell``: qdata uint8 [..., N, Kp/2], Kp = K rounded up to 32; scale float8_e4m3fn
           [..., ceil(N/128), ceil(K/64), 512]; pads are zeros.
-        * ``fragments``: qdata uint8 [..., 2 ceil(N/32), ceil(K/64), 512], scale [..., 2 ceil(N/32), ceil(K/256), 256],
+        * ``fragments``: qdata uint8 [..., 2 ceil(N/32), ceil(K/64), 512], scale [..., 2 ceil(N/32), ceil(K/64), 64],
           both re-encoded bit for bit (:mod:`nvfp4dsl.layouts`).
 
     Raises:

@@ -24,14 +24,19 @@ from nvfp4dsl.layouts import (
     FRAGMENT_K,
     FRAGMENT_ROWS,
     FRAGMENT_SCALE_BYTES,
-    FRAGMENT_SCALE_STEPS,
     FRAGMENT_STEP_BYTES,
 )
 from nvfp4dsl.targets import Target
 
+#: steps of 64 k that a warp asks for at a time: 16 rows x 256 k, contiguous in memory.
+CHUNK_STEPS = 4
+CHUNK_K, CHUNK_CODES, CHUNK_SCALES = (
+    CHUNK_STEPS * size for size in (FRAGMENT_K, FRAGMENT_STEP_BYTES, FRAGMENT_SCALE_BYTES)
+)
+
 #: a skinny tile (W4A16): tokens x 16 or 32 weight rows; a stage holds, for each of 8 warps, four steps of 64 k.
 TILE_N = (FRAGMENT_ROWS, 2 * FRAGMENT_ROWS)
-TILE_M, TILE_K = (8, 16, 32), (MMA_WARPS * FRAGMENT_SCALE_STEPS * FRAGMENT_K,)
+TILE_M, TILE_K = (8, 16, 32), (MMA_WARPS * CHUNK_K,)
 #: most CTAs that share an SM, by tokens: fragments of more tokens take more registers; and the shared memory the driver
 #: keeps of each CTA.
 MAX_CTAS, RESERVED_SMEM = {8: 2, 16: 2, 32: 1}, 1024
@@ -46,11 +51,11 @@ def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:
 
 def smem_fields(tile: TileConfig, stages: int) -> tuple[SmemField, ...]:
     """Shared memory of the skinny kernel: each warp's ring of chunks, and two buffers of partial sums."""
-    codes, chunks = FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES, MMA_WARPS * stages * (tile.n // FRAGMENT_ROWS)
+    chunks = MMA_WARPS * stages * (tile.n // FRAGMENT_ROWS)
     return (
         SmemField("barriers", MMA_WARPS * stages * MBARRIER_BYTES, MBARRIER_BYTES),
-        SmemField("b", chunks * codes, SCALE_ALIGN),
-        SmemField("sfb", chunks * FRAGMENT_SCALE_BYTES, SCALE_ALIGN),
+        SmemField("b", chunks * CHUNK_CODES, SCALE_ALIGN),
+        SmemField("sfb", chunks * CHUNK_SCALES, SCALE_ALIGN),
         SmemField("partials", 2 * MMA_WARPS * tile.m * partial_pitch(tile) * 4, SCALE_ALIGN),
     )
 
@@ -91,9 +96,7 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
                 stages=stages,
                 epilogue_stages=2,
                 smem=fields,
-                transaction_bytes=tile.n
-                // FRAGMENT_ROWS
-                * (FRAGMENT_SCALE_STEPS * FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES),
+                transaction_bytes=tile.n // FRAGMENT_ROWS * (CHUNK_CODES + CHUNK_SCALES),
                 threads=MMA_WARPS * WARP,
                 ctas_per_sm=ctas,
             )

@@ -71,12 +71,12 @@ def _fake_arguments(spec: GemmSpec) -> tuple:
 
 def _skinny_arguments(spec: GemmSpec) -> tuple:
     batch, m, n, k = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
-    tiles = cute.sym_int()
+    tiles, steps = cute.sym_int(), cute.sym_int()
     x_strides = (cute.sym_int64(divisibility=8), cute.sym_int64(divisibility=8), 1)
     return (
         make_fake_tensor(FLOAT_TYPES["bf16"], (batch, m, k), x_strides, assumed_align=16),
-        _compact(Uint8, batch, tiles, cute.sym_int(), FRAGMENT_STEP_BYTES),
-        _compact(Uint8, batch, tiles, cute.sym_int(), FRAGMENT_SCALE_BYTES),
+        _compact(Uint8, batch, tiles, steps, FRAGMENT_STEP_BYTES),
+        _compact(Uint8, batch, tiles, steps, FRAGMENT_SCALE_BYTES),
         _strided("fp32", batch, n),
         _strided(spec.bias, n) if spec.bias else None,
         _compact(FLOAT_TYPES[spec.out_dtype], batch, m, n, align=FLOAT_BYTES[spec.out_dtype]),

@@ -171,9 +171,15 @@ def decode_e2m1x8(word: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int3
 
 
 @dsl_user_op
-def mul_bf16x2(x: Int32, y: Int32, *, loc=None, ip=None) -> Int32:
-    """Two bf16 products, subnormals kept."""
-    return Int32(_asm(T.i32(), [x, y], "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", pure=True, loc=loc, ip=ip))
+def scale_bf16x2(x: Int32, scales: Int32, half: int, *, loc=None, ip=None) -> Int32:
+    """Both bf16 of ``x`` times one of ``scales`` (``half`` 0: the low one), subnormals kept. One instruction: the
+    machine's multiply can take either half of an operand twice.
+    """
+    text = (
+        "{ .reg .b16 s<2>; .reg .b32 both; mov.b32 {s0, s1}, $2; "
+        f"mov.b32 both, {{s{half}, s{half}}}; mul.rn.bf16x2 $0, $1, both; }}"
+    )
+    return Int32(_asm(T.i32(), [x, scales], text, "=r,r,r", pure=True, loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -191,37 +197,23 @@ def load_shared_v2(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32]:
 
 
 @dsl_user_op
-def load_global_v4(address: Int64, *, loc=None, ip=None) -> tuple[Int32, Int32, Int32, Int32]:
-    """Four neighbouring 32-bit words from global memory; the address a multiple of 16."""
-    text = "ld.global.v4.b32 {$0,$1,$2,$3}, [$4];"
-    return _asm_tuple(Int32, 4, [address], text, "=r,=r,=r,=r,l", pure=False, loc=loc, ip=ip)
+def load_global(address: Int64, *, loc=None, ip=None) -> Int32:
+    """A 32-bit word from global memory."""
+    return Int32(_asm(T.i32(), [address], "ld.global.b32 $0, [$1];", "=r,l", pure=False, loc=loc, ip=ip))
 
 
 @dsl_user_op
-def load_global_v4_if(
-    address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None
-) -> tuple[Int32, Int32, Int32, Int32]:
-    """:func:`load_global_v4` where ``index < limit``, else zeros; nothing is read then."""
-    text = (
-        "{ .reg .pred p; setp.lt.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-        "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
-    )
-    return _asm_tuple(
-        Int32,
-        4,
-        [address, index, limit],
-        text,
-        "=&r,=&r,=&r,=&r,l,r,r",
-        pure=False,
-        loc=loc,
-        ip=ip,
-    )
+def load_global_if(address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None) -> Int32:
+    """:func:`load_global` where ``index < limit``, else zero; nothing is read then."""
+    text = "{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
+    return Int32(_asm(T.i32(), [address, index, limit], text, "=&r,l,r,r", pure=False, loc=loc, ip=ip))
 
 
 @dsl_user_op
-def extract_byte(word: Int32, index: int, *, loc=None, ip=None) -> Int32:
-    """Byte ``index`` (0: lowest) of a word, zero-extended."""
-    return Int32(_asm(T.i32(), [word], f"prmt.b32 $0, $1, 0, 0x444{index};", "=r,r", pure=True, loc=loc, ip=ip))
+def spread_bytes(word: Int32, index: int, *, loc=None, ip=None) -> Int32:
+    """Bytes ``index`` and ``index + 1`` (0: lowest) of a word, zero-extended, as the halves of a word."""
+    text = f"prmt.b32 $0, $1, 0, 0x4{index + 1}4{index};"
+    return Int32(_asm(T.i32(), [word], text, "=r,r", pure=True, loc=loc, ip=ip))
 
 
 @dsl_user_op

@@ -9,22 +9,22 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, Int64, Uint8
 
-from nvfp4dsl.config.skinny import partial_pitch
+from nvfp4dsl.config.skinny import CHUNK_CODES, CHUNK_SCALES, CHUNK_STEPS, partial_pitch
 from nvfp4dsl.config.spec import MMA_N, MMA_WARPS, WARP, Plan
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.instructions import (
     bulk_load,
     decode_e2m1x8,
-    extract_byte,
     fma,
     hmma,
-    load_global_v4,
-    load_global_v4_if,
+    load_global,
+    load_global_if,
     load_shared_v2,
     load_shared_v4,
-    mul_bf16x2,
+    scale_bf16x2,
     shared_address,
+    spread_bytes,
 )
 from nvfp4dsl.layouts import (
     FRAGMENT_EXPONENT,
@@ -32,13 +32,11 @@ from nvfp4dsl.layouts import (
     FRAGMENT_ROWS,
     FRAGMENT_SCALE_BYTES,
     FRAGMENT_SCALE_OFFSET,
-    FRAGMENT_SCALE_STEPS,
     FRAGMENT_STEP_BYTES,
 )
 
 REDUCTION_BARRIER = 1
-CHUNK_STEPS = FRAGMENT_SCALE_STEPS
-CHUNK_CODES = CHUNK_STEPS * FRAGMENT_STEP_BYTES
+MMAS = FRAGMENT_K // BLOCK  # of a step
 
 
 class SkinnyGemm:
@@ -60,7 +58,7 @@ class SkinnyGemm:
     depend on the kernel before.
 
     Call arguments: ``x`` (L, M, K) bf16, K contiguous, rows on 16 bytes; ``codes`` (L, N/16, K/64, 512) u8; ``scales``
-    (L, N/16, K/256, 256) u8; ``alpha`` (L, N) fp32; ``bias`` (N) or None; ``y`` (L, M, N); ``max_ctas``.
+    (L, N/16, K/64, 64) u8; ``alpha`` (L, N) fp32; ``bias`` (N) or None; ``y`` (L, M, N); ``max_ctas``.
     """
 
     def __init__(self, plan: Plan):
@@ -177,9 +175,9 @@ class WeightStream:
         self.scales_stride = Int64(mScales.shape[2]) * FRAGMENT_SCALE_BYTES
         self.full = cute.recast_ptr(smem["barriers"], dtype=Int64) + warp * plan.stages
         self.codes = shared_address(smem["b"]) + warp * (plan.stages * self.rows * CHUNK_CODES)
-        self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * self.rows * FRAGMENT_SCALE_BYTES)
-        self.steps, groups = mCodes.shape[2], mScales.shape[2]
-        self.chunks = (groups - warp + (MMA_WARPS - 1)) // MMA_WARPS
+        self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * self.rows * CHUNK_SCALES)
+        self.steps = mCodes.shape[2]
+        self.chunks = (cute.ceil_div(self.steps, CHUNK_STEPS) - warp + (MMA_WARPS - 1)) // MMA_WARPS
 
     def first_step(self, chunk: Int32) -> Int32:
         """The k step (of 64) with which a chunk of this warp begins."""
@@ -199,7 +197,7 @@ class WeightStream:
         row = Int64(self.batch) * self.mCodes.shape[1] + row_tile * self.rows
         return (
             Int64(codes) + row * self.codes_stride + self.warp * CHUNK_CODES,
-            Int64(scales) + row * self.scales_stride + self.warp * FRAGMENT_SCALE_BYTES,
+            Int64(scales) + row * self.scales_stride + self.warp * CHUNK_SCALES,
         )
 
     @cute.jit
@@ -207,10 +205,10 @@ class WeightStream:
         """The chunk after this one: the warp's next of the row tile, or its first of the tile ``stride`` on."""
         chunk += 1
         codes += MMA_WARPS * CHUNK_CODES
-        scales += MMA_WARPS * FRAGMENT_SCALE_BYTES
+        scales += MMA_WARPS * CHUNK_SCALES
         rows, read = Int64(stride) * self.rows, Int64(self.chunks) * MMA_WARPS
         codes_on = rows * self.codes_stride - read * CHUNK_CODES
-        scales_on = rows * self.scales_stride - read * FRAGMENT_SCALE_BYTES
+        scales_on = rows * self.scales_stride - read * CHUNK_SCALES
         if chunk == self.chunks:
             chunk = Int32(0)
             tile += stride
@@ -222,24 +220,20 @@ class WeightStream:
     def request(self, tile: Int32, chunk: Int32, codes: Int64, scales: Int64, stage: Int32):
         """Ask for a chunk of each of the tile's 16 rows, the codes of up to four steps and their scales, unless the
         tiles are at an end."""
-        size = Int32(CHUNK_CODES)
+        steps = Int32(CHUNK_STEPS)
         if cutlass.const_expr(not self.plan.spec.whole_chunks):
-            size = cutlass.min(self.steps - self.first_step(chunk), CHUNK_STEPS) * FRAGMENT_STEP_BYTES
+            steps = cutlass.min(self.steps - self.first_step(chunk), CHUNK_STEPS)
+        codes_size, scales_size = steps * FRAGMENT_STEP_BYTES, steps * FRAGMENT_SCALE_BYTES
         rows, barrier = self.rows, self.full + stage
         codes_slot = self.codes + stage * (rows * CHUNK_CODES)
-        scales_slot = self.scales + stage * (rows * FRAGMENT_SCALE_BYTES)
+        scales_slot = self.scales + stage * (rows * CHUNK_SCALES)
         codes_stride, scales_stride = self.codes_stride, self.scales_stride
         if self.lane == 0 and tile < self.row_tiles:
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, (size + FRAGMENT_SCALE_BYTES) * rows)
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, (codes_size + scales_size) * rows)
             address = shared_address(barrier)
             for i in cutlass.range_constexpr(rows):
-                bulk_load(codes_slot + i * CHUNK_CODES, codes + codes_stride * i, size, address)
-                bulk_load(
-                    scales_slot + i * FRAGMENT_SCALE_BYTES,
-                    scales + scales_stride * i,
-                    Int32(FRAGMENT_SCALE_BYTES),
-                    address,
-                )
+                bulk_load(codes_slot + i * CHUNK_CODES, codes + codes_stride * i, codes_size, address)
+                bulk_load(scales_slot + i * CHUNK_SCALES, scales + scales_stride * i, scales_size, address)
 
     def wait(self, stage: Int32, phase: Int32) -> None:
         cute.arch.mbarrier_wait(self.full + stage, phase)
@@ -251,66 +245,56 @@ class WeightStream:
         if cutlass.const_expr(not self.plan.spec.whole_chunks):
             steps = self.steps - self.first_step(chunk)
         codes = self.codes + stage * (self.rows * CHUNK_CODES) + self.lane * 16
-        strip = self.scales + stage * (self.rows * FRAGMENT_SCALE_BYTES) + self.lane * 8
-        scales = [load_shared_v2(strip + i * FRAGMENT_SCALE_BYTES) for i in range(self.rows)]
+        strip = self.scales + stage * (self.rows * CHUNK_SCALES) + self.lane // 4 * 8
         for step in cutlass.range_constexpr(CHUNK_STEPS):
             if cutlass.const_expr(self.plan.spec.whole_chunks) or step < steps:
                 for i in cutlass.range_constexpr(self.rows):
                     words = load_shared_v4(codes + (i * CHUNK_CODES + step * FRAGMENT_STEP_BYTES))
-                    byte = step % 2 * 2
-                    _multiply_step(accumulators[None, None, i], words, scales[i][step // 2], byte, x[None, None, step])
+                    scales = load_shared_v2(strip + (i * CHUNK_SCALES + step * FRAGMENT_SCALE_BYTES))
+                    _multiply_step(accumulators[None, None, i], words, scales, x[None, None, step])
 
 
-def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: Int32, byte: int, x: cute.Tensor) -> None:
-    """16 rows x 64 k: decode, scale, four MMAs a token block.
-
-    Bytes ``byte`` and ``byte + 1`` of ``scales`` are those of row g and of row g + 8; MMA i takes k 4i .. 4i + 3 of
-    each lane's block.
-    """
-    low, high = (_bf16x2_scale(extract_byte(scales, i)) for i in (byte, byte + 1))
-    row_g = [mul_bf16x2(v, low) for word in words[:2] for v in decode_e2m1x8(word)]
-    row_g8 = [mul_bf16x2(v, high) for word in words[2:] for v in decode_e2m1x8(word)]
-    for p in range(0, 8, 2):
-        a = (row_g[p], row_g8[p], row_g[p + 1], row_g8[p + 1])
+def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: tuple, x: cute.Tensor) -> None:
+    """16 rows x 64 k: decode, scale, four MMAs a token block."""
+    for i, word in enumerate(words):
+        pair = _scale_pair(scales[i // 2], i % 2 * 2)
+        a = [scale_bf16x2(v, pair, register % 2) for register, v in enumerate(decode_e2m1x8(word))]
         for j in range(cute.size(x, mode=[1])):
-            d = hmma([accumulators[e, j] for e in range(4)], a, (x[p, j], x[p + 1, j]))
+            d = hmma([accumulators[e, j] for e in range(4)], a, (x[2 * i, j], x[2 * i + 1, j]))
             for e in range(4):
                 accumulators[e, j] = d[e]
 
 
-def _bf16x2_scale(byte: Int32) -> Int32:
-    """A re-encoded scale as a pair of bf16, times 2^107: one multiply-add (see :mod:`nvfp4dsl.layouts`)."""
-    return byte * 0x00100010 + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
+def _scale_pair(word: Int32, byte: int) -> Int32:
+    """Two re-encoded scales, of rows g and g + 8, as bf16 times 2^107: one multiply-add (:mod:`nvfp4dsl.layouts`)."""
+    return spread_bytes(word, byte) * 16 + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
 
 
 class TokenFragments:
-    """The B fragments: for each token of a lane's group, the 32 contiguous bytes of its 16 k of a step."""
+    """The B fragments: for each of a step's four MMAs and each token of a lane's group, k 2t, 2t + 1 and 8 beyond."""
 
     def __init__(self, plan: Plan, mX: cute.Tensor, batch: Int32, token_tile: Int32, lane: Int32):
         self.plan, (_, m, k) = plan, mX.shape
         # Tokens past the last read it again: their results are not stored.
         tokens = [token_tile * plan.tile.m + j * MMA_N + lane // 4 for j in range(plan.tile.m // MMA_N)]
         self.rows = [
-            Int64(mX[batch, cutlass.min(token, m - 1), None].iterator.toint()) + Int64(lane % 4 * (BLOCK * 2))
-            for token in tokens
+            Int64(mX[batch, cutlass.min(token, m - 1), None].iterator.toint()) + Int64(lane % 4 * 4) for token in tokens
         ]
-        # steps in which this lane's block of 16 k lies within K
-        self.steps_with_x = (k - lane % 4 * BLOCK + FRAGMENT_K - 1) // FRAGMENT_K
+        self.blocks = k // BLOCK
 
     def load(self, first_step: Int32) -> cute.Tensor:
         """(words, token blocks, steps) from global memory; zeros past K, where a number read might be infinite."""
         x = cute.make_rmem_tensor((8, len(self.rows), CHUNK_STEPS), Int32)
         for j, row in enumerate(self.rows):
             address = row + Int64(first_step) * (FRAGMENT_K * 2)
-            for step in range(CHUNK_STEPS):
+            for block in range(CHUNK_STEPS * MMAS):
                 for half in range(2):
-                    source = address + (step * FRAGMENT_K * 2 + half * 16)
+                    source = address + (block * BLOCK * 2 + half * 16)
                     if self.plan.spec.whole_chunks:
-                        words = load_global_v4(source)
+                        word = load_global(source)
                     else:
-                        words = load_global_v4_if(source, first_step + step, self.steps_with_x)
-                    for i in range(4):
-                        x[half * 4 + i, j, step] = words[i]
+                        word = load_global_if(source, first_step * MMAS + block, self.blocks)
+                    x[block % MMAS * 2 + half, j, block // MMAS] = word
         return x
 
 

@@ -9,13 +9,13 @@ from nvfp4dsl.constants import E2M1_VALUES
 from nvfp4dsl.errors import OperandError, TargetError
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.layouts import (
+    FRAGMENT_CODES,
     FRAGMENT_LAST_BIT_ROTATION,
     FRAGMENT_ROTATIONS,
     FRAGMENT_SCALE_OFFSET,
+    FRAGMENT_SCALES,
     IntLayout,
-    fragment_scale_offset,
-    fragment_word,
-    fragment_word_bit,
+    fragment_code_bit,
     packed_k,
     scale_coordinate,
     scale_layout,
@@ -150,15 +150,23 @@ def test_layouts_by_target_and_mode():
 
 
 def test_fragment_words_use_every_bit_once():
-    bits = [fragment_word_bit(value, bit) for value in range(8) for bit in range(4)]
+    bits = [fragment_code_bit(i, bit) for i in range(8) for bit in range(4)]
     assert sorted(bits) == list(range(32))
 
 
 def test_fragment_places_are_each_hit_once():
-    words = [fragment_word(row, k) for row in range(16) for k in range(0, 64, 8)]
-    assert sorted(words) == list(range(128))
-    scales = [fragment_scale_offset(row, block) for row in range(16) for block in range(16)]
-    assert sorted(scales) == list(range(256))
+    assert_bijective(FRAGMENT_CODES)
+    assert FRAGMENT_CODES.cosize == 1024
+    scales = [FRAGMENT_SCALES(row, k) for row in range(16) for k in range(0, 64, 16)]
+    assert sorted(scales) == list(range(64))
+
+
+def test_fragment_words_are_what_the_mma_takes():
+    """PTX ISA, m16n8k16, A in 16-bit: registers 0..3 are rows g, g + 8, g, g + 8, the last two at k + 8."""
+    for lane, mma, register, half in itertools.product(range(32), range(4), range(4), range(2)):
+        row, k = lane // 4 + register % 2 * 8, 16 * mma + lane % 4 * 2 + register // 2 * 8 + half
+        assert FRAGMENT_CODES(row, k) == (4 * lane + mma) * 8 + register * 2 + half
+        assert FRAGMENT_SCALES(row, k) == lane // 4 * 8 + mma * 2 + register % 2
 
 
 def test_fragment_words_decode_as_the_kernel_decodes_them():
@@ -167,8 +175,9 @@ def test_fragment_words_decode_as_the_kernel_decodes_them():
     scale = torch.full((16, 4), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
     t = prepare(NVFP4Tensor(pack_codes(codes), scale, torch.tensor(1.0)), "sm_90a")
     words = t.qdata.view(torch.int32).flatten()
-    for row, k in itertools.product(range(16), range(0, 64, 8)):
-        word = int(words[fragment_word(row, k)]) & 0xFFFFFFFF
+    places = [FRAGMENT_CODES.inverse(place) for place in range(1024)]
+    for index in range(128):
+        word = int(words[index]) & 0xFFFFFFFF
 
         def rotated(by, word=word):
             return (word << by | word >> 32 - by) & 0xFFFFFFFF
@@ -177,7 +186,7 @@ def test_fragment_words_decode_as_the_kernel_decodes_them():
         pairs.append(word & 0x80C080C0 | word << FRAGMENT_LAST_BIT_ROTATION & 0x01000100)
         halves = torch.tensor([half for p in pairs for half in (p & 0xFFFF, p >> 16)], dtype=torch.int32)
         values = (halves << 16).view(torch.float32).double() * 2.0**126
-        assert values.tolist() == [E2M1_VALUES[c] for c in codes[row, k : k + 8].tolist()]
+        assert values.tolist() == [E2M1_VALUES[codes[place]] for place in places[8 * index : 8 * index + 8]]
 
 
 def test_fragment_scales_become_bf16_by_a_shift_and_an_add():
@@ -189,7 +198,7 @@ def test_fragment_scales_become_bf16_by_a_shift_and_an_add():
     )
     strip = prepare(t, "sm_90a").scale.view(torch.uint8)[0]
     for block in range(127):
-        byte = int(strip[block // 16, fragment_scale_offset(0, block % 16)])
+        byte = int(strip[block // 4, FRAGMENT_SCALES(0, block % 4 * 16)])
         bits = torch.tensor([(byte * 16 + FRAGMENT_SCALE_OFFSET) << 16 & 0xFFFFFFFF], dtype=torch.int64)
         value = bits.to(torch.int32).view(torch.float32).double() * 2.0**-107
         assert value.item() == t.scale[0, block].double().item()
