@@ -1,4 +1,9 @@
-"""W4A4 tiles: block-scaled FP4 MMA, both operands through shared memory."""
+"""W4A4 tiles: block-scaled FP4 MMA, both operands through shared memory.
+
+A tile is named by its output, tokens x weight rows. From 64 tokens on, tokens are the instruction's M (m16 blocks) and
+weight rows its N (n8). A *decode* tile, of fewer tokens, swaps the operands: weight rows fill the m16 side, 8 to 32
+tokens the n8 side, and the output is transposed on its way out.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,6 @@ from dataclasses import replace
 
 from nvfp4dsl.config.spec import (
     FLOAT_BYTES,
-    MAX_STAGES,
     MBARRIER_BYTES,
     MIN_STAGES,
     MMA_K,
@@ -24,7 +28,7 @@ from nvfp4dsl.config.spec import (
     extent_reasons,
     total_bytes,
 )
-from nvfp4dsl.layouts import SCALE_ATOM_BYTES, SCALE_ATOM_ROWS
+from nvfp4dsl.layouts import SCALE_ATOM_ROWS, SCALE_ATOM_SHAPE, SCALE_ATOM_STRIDE
 from nvfp4dsl.targets import Target
 
 PRODUCER_WARPS = 4
@@ -34,59 +38,117 @@ PRODUCER_WARPS = 4
 LAUNCH_REGISTERS, MMA_REGISTERS, PRODUCER_REGISTERS = 168, 232, 40
 #: fp32 accumulators a thread may hold: the rest of its 255 registers carry fragments, addresses and the epilogue.
 MAX_ACCUMULATORS = 128
-#: columns of the output tile that go through shared memory at a time; 64 or 128 bytes, one swizzle span.
+#: columns of a box that the store through shared memory writes at a time; 64 or 128 bytes, one swizzle span.
 EPILOGUE_COLUMNS = 32
-#: extents a tile may have. A row of codes must fill a 64- or 128-byte swizzle span, so K is 128 or 256.
-TILE_M, TILE_N, TILE_K = (64, 128, 256), (128, 256), (128, 256)
+#: extents a tile may have. A row of codes fills a 32-, 64- or 128-byte swizzle span.
+TILE_M, TILE_N, TILE_K = (8, 16, 32, 64, 128, 256), (64, 128, 256), (64, 128, 256)
+#: weight rows of a decode tile, and the tokens it may have
+DECODE_TILES = {128: (8, 16, 32), 64: (8, 16)}
+TILE_PINGPONG = (False,)
+TILE_SPLIT = (1,)
 #: what dispatch chooses from; the first is the default.
-TILES = (TileConfig(128, 128, 128), TileConfig(128, 128, 256), TileConfig(64, 128, 128))
+TILES = (
+    TileConfig(128, 128, 128),
+    TileConfig(128, 128, 256),
+    TileConfig(64, 128, 128),
+    TileConfig(32, 128, 256),
+    TileConfig(16, 128, 256),
+    TileConfig(8, 128, 256),
+)
 
 
-def scale_atoms(extent: int) -> int:
-    """Scale-factor atoms (128 rows) that a tile of ``extent`` rows touches."""
-    return -(-extent // SCALE_ATOM_ROWS)
+def swapped(tile: TileConfig) -> bool:
+    """Whether it is a decode tile: fewer tokens than four m16 blocks, so the weight takes that side."""
+    return tile.m < 4 * MMA_M
+
+
+def mma_tile(tile: TileConfig) -> tuple[int, int]:
+    """The tile along the instruction's (M, N)."""
+    return (tile.n, tile.m) if swapped(tile) else (tile.m, tile.n)
 
 
 def warp_grid(tile: TileConfig) -> tuple[int, int]:
-    """MMA warps along (M, N): 32 rows a warp at most, which makes its share of the tile closest to square."""
-    along_m = min(4, tile.m // 32)
-    return along_m, MMA_WARPS // along_m
+    """A group's MMA warps along the instruction's (M, N): those whose shares read the fewest rows and columns.
+
+    A warp has two m16 blocks at least, which is what one word of scales feeds. In a decode tile it has one: then every
+    weight row is read once, and the few tokens by all warps.
+    """
+    rows, columns = mma_tile(tile)
+    if swapped(tile):
+        return min(MMA_WARPS, rows // MMA_M), 1
+    warps = MMA_WARPS // 2 if tile.pingpong else MMA_WARPS
+    along_m = [m for m in (1, 2, 4) if rows // m >= 2 * MMA_M and warps // m <= EPILOGUE_COLUMNS // MMA_N]
+    best = min(along_m, key=lambda m: (rows // m + columns * m // warps, -m))
+    return best, warps // best
+
+
+def scale_box(extent: int, k: int) -> tuple[int, int, int]:
+    """Scales that one stage holds of an operand's ``extent`` rows: (bytes of an atom, atoms along K, along the rows).
+
+    Rows 32 apart share a line of 16 bytes of an atom. So a tile of up to 32 rows takes just its own lines; one of 64
+    takes the whole atom, whose other half belongs to its neighbour.
+    """
+    lines, line_bytes = SCALE_ATOM_SHAPE[0][0], SCALE_ATOM_STRIDE[0][0]
+    return min(extent, lines) * line_bytes, k // MMA_K, -(-extent // SCALE_ATOM_ROWS)
+
+
+def scale_bytes(extent: int, k: int) -> int:
+    """Bytes of :func:`scale_box`."""
+    atom_bytes, along_k, along_rows = scale_box(extent, k)
+    return atom_bytes * along_k * along_rows
+
+
+def store_box(tile: TileConfig) -> tuple[int, int]:
+    """What a group stores at a time: (rows, boxes of :data:`EPILOGUE_COLUMNS` columns).
+
+    All warps of a group write at each step: one box across the tile's rows, or in a decode tile all its columns.
+    """
+    return (tile.m, tile.n // EPILOGUE_COLUMNS) if swapped(tile) else (tile.m, 1)
 
 
 def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: int) -> tuple[SmemField, ...]:
-    """The shared-memory arrays of the W4A4 kernel. Barriers first: one full and one empty barrier a stage."""
-    codes = tile.k // 2
-    scales = tile.k // MMA_K * SCALE_ATOM_BYTES
-    store = epilogue_stages * tile.m * EPILOGUE_COLUMNS * FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 0
+    """The shared-memory arrays of the W4A4 kernel. Barriers first: a full and an empty one a stage, a turn a group."""
+    groups = 2 if tile.pingpong else 1
+    rows, columns = mma_tile(tile)
+    store_rows, boxes = store_box(tile)
+    store = groups * epilogue_stages * store_rows * boxes * EPILOGUE_COLUMNS * FLOAT_BYTES[spec.out_dtype]
     fields = (
         SmemField("barriers", 2 * stages * MBARRIER_BYTES, MBARRIER_BYTES),
-        SmemField("a", stages * tile.m * codes, TMA_ALIGN),
-        SmemField("b", stages * tile.n * codes, TMA_ALIGN),
-        SmemField("sfa", stages * scale_atoms(tile.m) * scales, SCALE_ALIGN),
-        SmemField("sfb", stages * scale_atoms(tile.n) * scales, SCALE_ALIGN),
-        SmemField("c", store, TMA_ALIGN),
+        SmemField("turns", groups * MBARRIER_BYTES if tile.pingpong else 0, MBARRIER_BYTES),
+        SmemField("last", 4 if tile.split > 1 else 0, 4),
+        SmemField("a", stages * rows * tile.k // 2, TMA_ALIGN),
+        SmemField("b", stages * columns * tile.k // 2, TMA_ALIGN),
+        SmemField("sfa", stages * scale_bytes(rows, tile.k), SCALE_ALIGN),
+        SmemField("sfb", stages * scale_bytes(columns, tile.k), SCALE_ALIGN),
+        SmemField("c", store if spec.aligned_rows else 0, TMA_ALIGN),
     )
     return tuple(field for field in fields if field.bytes)
 
 
 def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:
     """Every combination of the extents; not all are legal."""
-    return tuple(TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N, TILE_K))
+    every = itertools.product(TILE_M, TILE_N, TILE_K, TILE_SPLIT, TILE_PINGPONG)
+    return tuple(TileConfig(m, n, k, split=split, pingpong=pingpong) for m, n, k, split, pingpong in every)
 
 
 def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     """Why the tile cannot be built; see :func:`nvfp4dsl.config.legal`."""
-    reasons = extent_reasons(tile, TILE_M, TILE_N, TILE_K)
+    reasons = extent_reasons(tile, TILE_M, TILE_N, TILE_K, TILE_SPLIT, TILE_PINGPONG)
     if reasons:
         return reasons
-    registers = tile.m * tile.n // (MMA_WARPS * WARP)
+    if swapped(tile) and tile.m not in DECODE_TILES.get(tile.n, ()):
+        offered = "; ".join(f"{n} weight rows with {', '.join(map(str, m))} tokens" for n, m in DECODE_TILES.items())
+        reasons.append(f"decode tile {tile.m}x{tile.n}: offered are {offered}")
+    if tile.pingpong and (swapped(tile) or tile.split > 1):
+        reasons.append("ping-pong is for tiles of 64 tokens or more that do not split K")
+    registers = tile.m * tile.n // (WARP * warp_grid(tile)[0] * warp_grid(tile)[1])
     if registers > MAX_ACCUMULATORS:
         reasons.append(
             f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {MAX_ACCUMULATORS}"
         )
     wanted = tile.stages if tile.stages is not None else MIN_STAGES
-    if not MIN_STAGES <= wanted <= MAX_STAGES:
-        reasons.append(f"{wanted} stages: allowed are {MIN_STAGES} to {MAX_STAGES}")
+    if wanted < MIN_STAGES:
+        reasons.append(f"{wanted} stages: at least {MIN_STAGES}")
     need = total_bytes(smem_fields(spec, tile, wanted, 1))
     if need > target.smem_per_block:
         reasons.append(
@@ -102,18 +164,22 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
     def fits(stages: int, epilogue_stages: int) -> bool:
         return total_bytes(smem_fields(spec, tile, stages, epilogue_stages)) <= target.smem_per_block
 
-    stages = tile.stages or max(s for s in range(MIN_STAGES, MAX_STAGES + 1) if fits(s, 1))
-    epilogue_stages = 2 if fits(stages, 2) else 1
-    warps = warp_grid(tile)
-    codes, scales = tile.k // 2, tile.k // MMA_K * SCALE_ATOM_BYTES
+    stages = tile.stages or next(s - 1 for s in itertools.count(MIN_STAGES) if not fits(s, 1))
+    store_steps = tile.n // (EPILOGUE_COLUMNS * store_box(tile)[1])
+    epilogue_stages = 2 if store_steps > 1 and fits(stages, 2) else 1
+    warps, (rows, columns), groups = warp_grid(tile), mma_tile(tile), 2 if tile.pingpong else 1
+    mma_warps = groups * warps[0] * warps[1]
     return Plan(
         spec=spec,
         tile=replace(tile, stages=stages),
         warps=warps,
-        blocks=(tile.m // warps[0] // MMA_M, tile.n // warps[1] // MMA_N),
+        blocks=(rows // warps[0] // MMA_M, columns // warps[1] // MMA_N),
         stages=stages,
         epilogue_stages=epilogue_stages,
         smem=smem_fields(spec, tile, stages, epilogue_stages),
-        transaction_bytes=(tile.m + tile.n) * codes + (scale_atoms(tile.m) + scale_atoms(tile.n)) * scales,
-        threads=(MMA_WARPS + PRODUCER_WARPS) * WARP,
+        transaction_bytes=(rows + columns) * tile.k // 2 + scale_bytes(rows, tile.k) + scale_bytes(columns, tile.k),
+        threads=(mma_warps + PRODUCER_WARPS) * WARP,
+        swapped=swapped(tile),
+        groups=groups,
+        registers=(MMA_REGISTERS, PRODUCER_REGISTERS) if mma_warps == MMA_WARPS else (),
     )

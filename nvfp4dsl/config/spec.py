@@ -104,13 +104,17 @@ class Plan:
     """A legal tile with everything derived from it.
 
     Attributes:
-        warps: MMA warps along (M, N).
+        warps: MMA warps along the instruction's (M, N), of one group.
         blocks: m16 and n8 blocks one warp owns.
         stages, epilogue_stages: buffers of the load ring and of the store ring.
         smem: fields in the order they are allocated.
         transaction_bytes: what TMA delivers to one stage's barrier.
         threads: of a CTA.
         ctas_per_sm: CTAs that share a multiprocessor.
+        swapped: the weight is the instruction's M operand, so tokens lie along its N.
+        groups: of MMA warps, each with an output tile of its own: two in ping-pong.
+        registers: a thread, of MMA warps and of the producer's warpgroup, once they have traded; empty if they keep
+            what the launch gave them.
     """
 
     spec: GemmSpec
@@ -123,6 +127,23 @@ class Plan:
     transaction_bytes: int
     threads: int
     ctas_per_sm: int = 1
+    swapped: bool = False
+    groups: int = 1
+    registers: tuple[int, ...] = ()
+
+    @property
+    def mma_tile(self) -> tuple[int, int]:
+        """The tile along the instruction's (M, N)."""
+        return (self.tile.n, self.tile.m) if self.swapped else (self.tile.m, self.tile.n)
+
+    @property
+    def group_warps(self) -> int:
+        """MMA warps that work on one tile."""
+        return self.warps[0] * self.warps[1]
+
+    @property
+    def mma_warps(self) -> int:
+        return self.groups * self.group_warps
 
     @property
     def smem_bytes(self) -> int:

@@ -5,8 +5,11 @@ activation's global scale (one a batch) and the weight's (one an output column: 
 range are the same thing with another stride). Scales stay in fp32 on the device, so nothing is folded into e4m3 and
 nothing is read back by the host.
 
-Two ways out. Where output rows start on 16 bytes, spans of 32 columns go through shared memory and leave by TMA, which
+Two ways out. Where output rows start on 16 bytes, boxes of 32 columns go through shared memory and leave by TMA, which
 clips what lies outside the tensor. Otherwise registers are stored one by one under a bounds check.
+
+Where operands are swapped, an accumulator's rows are the output's columns. The way through shared memory turns them
+round: stmatrix transposes 8 x 8 cells of 16 bits, and fp32 values are written one by one.
 """
 
 from dataclasses import dataclass
@@ -14,19 +17,26 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.pipeline as pipeline
 from cutlass import BFloat16, Float16, Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import Plan
-from nvfp4dsl.config.omma import EPILOGUE_COLUMNS
-from nvfp4dsl.config.spec import MMA_M, MMA_N, MMA_WARPS, WARP
-from nvfp4dsl.kernels.instructions import fma, pack_half2, shared_address, stmatrix_x4, store_shared_f32x2
-from nvfp4dsl.kernels.mainloops.omma import block_column, warp_coord
+from nvfp4dsl.config.omma import EPILOGUE_COLUMNS, store_box
+from nvfp4dsl.config.spec import MMA_N, WARP
+from nvfp4dsl.kernels.instructions import (
+    fma,
+    pack_half2,
+    shared_address,
+    stmatrix,
+    store_shared_f32,
+    store_shared_f32x2,
+)
+from nvfp4dsl.kernels.mainloops import Mainloop
 from nvfp4dsl.kernels.schedule import TileCoord
 from nvfp4dsl.kernels.swizzle import row_term
 
 FLOAT_TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+#: named barrier of the first group of MMA warps; each group has its own
 EPILOGUE_BARRIER = 1
 
 
@@ -44,17 +54,28 @@ class Scaling:
 
 
 class Epilogue:
-    """Stores one warp's accumulators. Runs on every MMA warp; warp 0 issues the TMA stores."""
+    """Stores one warp's accumulators. Runs on every MMA warp; warp 0 of a group issues its TMA stores.
 
-    def __init__(self, plan: Plan, scaling: Scaling, mC: cute.Tensor, warp: Int32, lane: Int32):
-        self.plan, self.scaling, self.mC = plan, scaling, mC
-        self.warp, self.lane = warp, lane
-        self.warp_m, self.warp_n = warp_coord(plan, warp)
+    Element e of a block's four is, with g = lane / 4 and t = lane % 4, at row g + 8 * (e / 2), column 2t + e % 2.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        scaling: Scaling,
+        mC: cute.Tensor,
+        mainloop: Mainloop,
+        group: int | Int32,
+        warp: Int32,
+        lane: Int32,
+    ):
+        """``warp``: within ``group``."""
+        self.plan, self.scaling, self.mC, self.mainloop = plan, scaling, mC, mainloop
+        self.group, self.warp, self.lane = group, warp, lane
         self.dtype = FLOAT_TYPES[plan.spec.out_dtype]
-        self.barrier = pipeline.NamedBarrier(barrier_id=EPILOGUE_BARRIER, num_threads=MMA_WARPS * WARP)
 
     def bind_store(self, atom: cute.CopyAtom, mC_tma: cute.Tensor, sC: cute.Tensor) -> None:
-        """Give it the TMA store and its shared-memory ring (rows, 32 columns, buffers)."""
+        """Give it the TMA store and its shared-memory ring (rows, 32 columns, boxes of all groups' buffers)."""
         self.atom, self.mC_tma, self.sC = atom, mC_tma, sC
 
     @cute.jit
@@ -71,86 +92,129 @@ class Epilogue:
             if self.warp == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def _column(self, coord: TileCoord, block: int) -> Int32:
-        """First of the two neighbouring output columns this lane holds of an n8 block."""
-        return coord.n * self.plan.tile.n + block_column(self.plan, self.warp_n, block) + self.lane % 4 * 2
+    def _barrier(self) -> None:
+        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + self.group, number_of_threads=self.plan.group_warps * WARP)
 
-    def _scaled(self, accumulators: cute.Tensor, coord: TileCoord, block: int) -> list[list[Float32]]:
-        """Outputs of an n8 block: for each m16 block, row g, columns 2t and 2t+1, then the same of row g+8.
+    def _output_tile(self, coord: TileCoord) -> tuple[Int32, Int32]:
+        """Indices of the tile along the output's M and N."""
+        return (coord.n, coord.m) if self.plan.swapped else (coord.m, coord.n)
+
+    def _position(self, i: int | Int32, j: int | Int32, e: int) -> tuple[Int32, Int32]:
+        """Output row and column, within the tile, of element ``e`` of block (i, j)."""
+        row = self.mainloop.block_row(i) + self.lane // 4 + e // 2 * 8
+        column = self.mainloop.block_column(j) + self.lane % 4 * 2 + e % 2
+        return (column, row) if self.plan.swapped else (row, column)
+
+    def _factors(self, coord: TileCoord, i: int, j: int) -> list[tuple[Float32, Float32 | None]]:
+        """(alpha, bias) of a block's four elements. Two differ: by column, or by row where operands are swapped.
 
         Columns outside the tensor read the last one's scale: their results are clipped, their loads must not fault.
         """
-        values: list[list[Float32]] = [[Float32(0.0)] * 4 for _ in range(self.plan.blocks[0])]
+        first = self._output_tile(coord)[1] * self.plan.tile.n
         alpha_a = self.scaling.mAlphaA[coord.batch]
-        for e in range(2):
-            column = cutlass.min(self._column(coord, block) + e, self.mC.shape[1] - 1)
+        pair = []
+        for e in (0, 2) if self.plan.swapped else (0, 1):
+            column = cutlass.min(first + self._position(i, j, e)[1], self.mC.shape[1] - 1)
             alpha = alpha_a * self.scaling.mAlphaB[column, coord.batch]
-            bias = self.scaling.mBias[column].to(Float32) if self.plan.spec.bias else None
-            for i in range(self.plan.blocks[0]):
-                for half in (0, 2):
-                    acc = accumulators[half + e, i, block]
-                    values[i][half + e] = acc * alpha if bias is None else fma(acc, alpha, bias)
+            pair.append((alpha, self.scaling.mBias[column].to(Float32) if self.plan.spec.bias else None))
+        return [pair[e // 2 if self.plan.swapped else e % 2] for e in range(4)]
+
+    def _scaled(self, accumulators: cute.Tensor, coord: TileCoord, blocks: list) -> dict:
+        """The four outputs of each block (i, j)."""
+        factors: dict = {}
+        values = {}
+        for i, j in blocks:
+            along = i if self.plan.swapped else j
+            if along not in factors:
+                factors[along] = self._factors(coord, i, j)
+            values[i, j] = [
+                acc * alpha if bias is None else fma(acc, alpha, bias)
+                for acc, (alpha, bias) in zip((accumulators[e, i, j] for e in range(4)), factors[along], strict=True)
+            ]
         return values
 
     @cute.jit
     def _store_predicated(self, accumulators, coord: TileCoord):
-        (blocks_m, blocks_n), mC = self.plan.blocks, self.mC
-        first_row = coord.m * self.plan.tile.m + self.warp_m * (blocks_m * MMA_M) + self.lane // 4
+        (blocks_m, blocks_n), tile, mC = self.plan.blocks, self.plan.tile, self.mC
+        tile_row, tile_column = self._output_tile(coord)
         for j in cutlass.range_constexpr(blocks_n):
-            values = self._scaled(accumulators, coord, j)
+            blocks = [(i, j) for i in range(blocks_m)]
+            values = self._scaled(accumulators, coord, blocks)
             for i in cutlass.range_constexpr(blocks_m):
                 for e in cutlass.range_constexpr(4):
-                    row = first_row + i * MMA_M + e // 2 * 8
-                    column = self._column(coord, j) + e % 2
-                    value = values[i][e].to(self.dtype)
+                    row, column = self._position(i, j, e)
+                    row, column = tile_row * tile.m + row, tile_column * tile.n + column
+                    value = values[i, j][e].to(self.dtype)
                     if row < mC.shape[0] and column < mC.shape[1]:
                         mC[row, column, coord.batch] = value
 
     @cute.jit
     def _store_through_tma(self, accumulators, coord: TileCoord):
         tile, buffers = self.plan.tile, self.plan.epilogue_stages
-        gC = cute.local_tile(self.mC_tma, (tile.m, EPILOGUE_COLUMNS), (None, None, None))
+        rows, boxes = store_box(tile)
+        gC = cute.local_tile(self.mC_tma, (rows, EPILOGUE_COLUMNS), (None, None, None))
         tCsC, tCgC = cpasync.tma_partition(
             self.atom, 0, cute.make_layout(1), cute.group_modes(self.sC, 0, 2), cute.group_modes(gC, 0, 2)
         )
-        spans = tile.n // EPILOGUE_COLUMNS
-        for span in cutlass.range_constexpr(spans):
-            buffer = span % buffers
+        tile_row, tile_column = self._output_tile(coord)
+        steps = tile.n // (EPILOGUE_COLUMNS * boxes)
+        for step in cutlass.range_constexpr(steps):
+            first_box = (self.group * buffers + step % buffers) * boxes
             if self.warp == 0:
                 # at most buffers - 1 stores may still be reading: then this buffer is free
                 cute.arch.cp_async_bulk_wait_group(buffers - 1, read=True)
-            self.barrier.arrive_and_wait()
-            self._write_span(accumulators, coord, span, buffer)
+            self._barrier()
+            self._write_boxes(accumulators, coord, step, first_box)
             cute.arch.fence_proxy("async.shared", space="cta")
-            self.barrier.arrive_and_wait()
+            self._barrier()
             if self.warp == 0:
-                cute.copy(self.atom, tCsC[(None, buffer)], tCgC[(None, coord.m, coord.n * spans + span, coord.batch)])
+                for box in cutlass.range_constexpr(boxes):
+                    column = (tile_column * steps + step) * boxes + box
+                    cute.copy(self.atom, tCsC[(None, first_box + box)], tCgC[(None, tile_row, column, coord.batch)])
                 cute.arch.cp_async_bulk_commit_group()
 
-    def _write_span(self, accumulators: cute.Tensor, coord: TileCoord, span: int, buffer: int) -> None:
-        """This warp's part of 32 columns into shared memory, swizzled as the TMA store expects."""
-        row_bytes = EPILOGUE_COLUMNS * self.dtype.width // 8
-        base = shared_address(self.sC.iterator) + buffer * self.plan.tile.m * row_bytes
-        run = EPILOGUE_COLUMNS // MMA_N // self.plan.warps[1]
-        # 8x8 cells: of each n8 block of the span, two row halves of each m16 block
-        cells = [
-            values[half : half + 2]
-            for j in range(run)
-            for values in self._scaled(accumulators, coord, span * run + j)
-            for half in (0, 2)
-        ]
+    def _write_boxes(self, accumulators: cute.Tensor, coord: TileCoord, step: int, first_box: int | Int32) -> None:
+        """This warp's part of what one step stores into shared memory, swizzled as the TMA store expects."""
+        rows, _ = store_box(self.plan.tile)
+        base = shared_address(self.sC.iterator) + first_box * (rows * EPILOGUE_COLUMNS * self.dtype.width // 8)
+        blocks = self._blocks_of(step)
+        values = self._scaled(accumulators, coord, blocks)
+        # 8 x 8 cells: two row halves of each block, each a pair of neighbouring columns a lane
+        cells = [values[block][half : half + 2] for block in blocks for half in (0, 2)]
+        group, thread = self.lane // 4, self.lane % 4
         if self.dtype.width == 32:
             for cell, pair in enumerate(cells):
-                store_shared_f32x2(base + self._cell_offset(cell, self.lane // 4, self.lane % 4 * 8, row_bytes), *pair)
+                if self.plan.swapped:
+                    for e in range(2):
+                        store_shared_f32(base + self._cell_offset(cell, thread * 2 + e, group * 4), pair[e])
+                else:
+                    store_shared_f32x2(base + self._cell_offset(cell, group, thread * 8), *pair)
             return
-        for first in range(0, len(cells), 4):
-            words = [pack_half2(low, high, self.dtype) for low, high in cells[first : first + 4]]
-            # stmatrix: lanes 8c..8c+7 address the rows of the c-th of four cells
-            stmatrix_x4(base + self._cell_offset(first + self.lane // 8, self.lane % 8, 0, row_bytes), words)
+        at_once = min(4, len(cells))
+        for first in range(0, len(cells), at_once):
+            words = [pack_half2(low, high, self.dtype) for low, high in cells[first : first + at_once]]
+            # stmatrix: lanes 8c..8c+7 address the rows of the c-th cell
+            offset = self._cell_offset(first + self.lane // 8, self.lane % 8, 0)
+            stmatrix(base + offset, words, transposed=self.plan.swapped)
 
-    def _cell_offset(self, cell: int | Int32, row: Int32, byte: int | Int32, row_bytes: int) -> Int32:
-        """Swizzled offset, within a store buffer, of a byte of a row (0..7) of this warp's ``cell`` of the span."""
-        halves, run = 2 * self.plan.blocks[0], EPILOGUE_COLUMNS // MMA_N // self.plan.warps[1]
-        tile_row = (self.warp_m * halves + cell % halves) * 8 + row
-        column = (self.warp_n * run + cell // halves) * (MMA_N * self.dtype.width // 8) + byte
-        return tile_row * row_bytes + (column ^ row_term(row, row_bytes))
+    def _blocks_of(self, step: int) -> list[tuple[int, int]]:
+        """This warp's blocks among those of a store step, in the order :meth:`_cell_offset` counts them."""
+        blocks_m, blocks_n = self.plan.blocks
+        if self.plan.swapped:
+            return [(i, j) for i in range(blocks_m) for j in range(blocks_n)]
+        run = EPILOGUE_COLUMNS // MMA_N // self.plan.warps[1]
+        return [(i, j) for j in range(step * run, step * run + run) for i in range(blocks_m)]
+
+    def _cell_offset(self, cell: int | Int32, row: Int32, byte: int | Int32) -> Int32:
+        """Swizzled offset, within a step's boxes, of a byte of an output row (0..7) of the step's ``cell``."""
+        (blocks_m, blocks_n), (rows, _) = self.plan.blocks, store_box(self.plan.tile)
+        element, row_bytes = self.dtype.width // 8, EPILOGUE_COLUMNS * self.dtype.width // 8
+        block, half = cell // 2, cell % 2 * 8
+        if self.plan.swapped:
+            cell_row = self.mainloop.block_column(block % blocks_n)
+            cell_column = self.mainloop.block_row(block // blocks_n) + half
+        else:
+            cell_row = self.mainloop.block_row(block % blocks_m) + half
+            cell_column = self.mainloop.block_column(block // blocks_m)
+        box, column = cell_column // EPILOGUE_COLUMNS, cell_column % EPILOGUE_COLUMNS * element + byte
+        return (box * rows + cell_row + row) * row_bytes + (column ^ row_term(row, row_bytes))

@@ -7,17 +7,16 @@ from cutlass import Int32, Int64, Uint8
 from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import FLOAT_BYTES, Plan
-from nvfp4dsl.config.omma import EPILOGUE_COLUMNS, MMA_REGISTERS, PRODUCER_REGISTERS, scale_atoms
-from nvfp4dsl.config.spec import MMA_K, MMA_WARPS
+from nvfp4dsl.config.omma import EPILOGUE_COLUMNS, store_box
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES, Epilogue, Scaling
 from nvfp4dsl.kernels.instructions import shared_address
 from nvfp4dsl.kernels.mainloops import Mainloop, Stage
 from nvfp4dsl.kernels.roles.consumer import Consumer
 from nvfp4dsl.kernels.roles.producer import Operand, Producer
+from nvfp4dsl.kernels.scales import tma_box
 from nvfp4dsl.kernels.schedule import PersistentSchedule
 from nvfp4dsl.kernels.swizzle import tile_layout
-from nvfp4dsl.layouts import SCALE_ATOM_BYTES
 
 
 class Gemm:
@@ -63,7 +62,9 @@ class Gemm:
         max_ctas: Int32,
         stream,
     ):
-        tile, plan = self.plan.tile, self.plan
+        plan, (rows, columns), k = self.plan, self.plan.mma_tile, self.plan.tile.k
+        if cutlass.const_expr(plan.swapped):
+            a, sfa, b, sfb = b, sfb, a, sfa
         mA, mB, mC = (_batch_last(x) for x in (a, b, c))
         mSFA, mSFB = (_scale_atoms_view(x) for x in (sfa, sfb))
         scaling = Scaling(alpha_a, _batch_last(alpha_b), bias)
@@ -71,10 +72,10 @@ class Gemm:
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         layouts = self._smem_layouts()
         tilers = {
-            "a": (tile.m, tile.k // 2),
-            "b": (tile.n, tile.k // 2),
-            "sfa": self._scale_box(tile.m),
-            "sfb": self._scale_box(tile.n),
+            "a": (rows, k // 2),
+            "b": (columns, k // 2),
+            "sfa": tma_box(rows, k),
+            "sfb": tma_box(columns, k),
         }
         tma = {
             name: cpasync.make_tiled_tma_atom(load, mX, cute.select(layouts[name], list(range(rank))), tilers[name])
@@ -83,9 +84,9 @@ class Gemm:
         tma_c, mC_tma = None, None
         if cutlass.const_expr(plan.spec.aligned_rows):
             tma_c, mC_tma = cpasync.make_tiled_tma_atom(
-                store, mC, cute.select(layouts["c"], [0, 1]), (tile.m, EPILOGUE_COLUMNS)
+                store, mC, cute.select(layouts["c"], [0, 1]), (store_box(plan.tile)[0], EPILOGUE_COLUMNS)
             )
-        schedule = PersistentSchedule(plan, mC)
+        schedule = PersistentSchedule(plan, mC, max_ctas)
         self.kernel(*tma["a"], *tma["b"], *tma["sfa"], *tma["sfb"], tma_c, mC_tma, mC, *scaling.tensors()).launch(
             grid=[cutlass.min(schedule.tiles, max_ctas), 1, 1],
             block=[plan.threads, 1, 1],
@@ -111,10 +112,10 @@ class Gemm:
         mAlphaB: cute.Tensor,
         mBias: cute.Tensor | None,
     ):
-        plan, tile = self.plan, self.plan.tile
+        plan, (rows, columns), k = self.plan, self.plan.mma_tile, self.plan.tile.k
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
-        if warp == MMA_WARPS:
+        if warp == plan.mma_warps:
             for atom in (tma_a, tma_b, tma_sfa, tma_sfb, tma_c):
                 if cutlass.const_expr(atom is not None):
                     cpasync.prefetch_descriptor(atom)
@@ -124,51 +125,50 @@ class Gemm:
         ring = pipeline.PipelineTmaAsync.create(
             num_stages=plan.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, MMA_WARPS),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, plan.group_warps),
             tx_count=plan.transaction_bytes,
             barrier_storage=smem["barriers"],
             cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
         )
 
-        schedule = PersistentSchedule(plan, mC)
         first, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        k_tiles = cute.ceil_div(mA.shape[1], tile.k // 2)
-        if warp >= MMA_WARPS:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-            if warp == MMA_WARPS:
+        schedule = PersistentSchedule(plan, mC, stride)
+        k_tiles = cute.ceil_div(mA.shape[1], k // 2)
+        if warp >= plan.mma_warps:
+            if cutlass.const_expr(plan.registers):
+                cute.arch.setmaxregister_decrease(plan.registers[1])
+            if warp == plan.mma_warps:
                 Producer(plan, schedule, ring).run(
                     first,
                     stride,
                     k_tiles,
-                    Operand(tma_a, mA, sX["a"], (tile.m, tile.k // 2)),
-                    Operand(tma_b, mB, sX["b"], (tile.n, tile.k // 2)),
-                    Operand(tma_sfa, mSFA, sX["sfa"], self._scale_box(tile.m)),
-                    Operand(tma_sfb, mSFB, sX["sfb"], self._scale_box(tile.n)),
+                    Operand(tma_a, mA, sX["a"], (rows, k // 2)),
+                    Operand(tma_b, mB, sX["b"], (columns, k // 2)),
+                    Operand(tma_sfa, mSFA, sX["sfa"], tma_box(rows, k)),
+                    Operand(tma_sfb, mSFB, sX["sfb"], tma_box(columns, k)),
                 )
         else:
-            cute.arch.setmaxregister_increase(MMA_REGISTERS)
+            if cutlass.const_expr(plan.registers):
+                cute.arch.setmaxregister_increase(plan.registers[0])
             mainloop = self.mainloop(plan)
             mainloop.bind(warp, lane)
-            epilogue = Epilogue(plan, Scaling(mAlphaA, mAlphaB, mBias), mC, warp, lane)
+            epilogue = Epilogue(plan, Scaling(mAlphaA, mAlphaB, mBias), mC, mainloop, 0, warp, lane)
             if cutlass.const_expr(plan.spec.aligned_rows):
                 epilogue.bind_store(tma_c, mC_tma, sX["c"])
-            buffers = Stage(**{name: shared_address(smem[name]) for name in ("a", "b", "sfa", "sfb")})
-            Consumer(plan, schedule, ring, mainloop, epilogue).run(first, stride, k_tiles, buffers)
-
-    def _scale_box(self, extent: int) -> tuple[int, int, int]:
-        """One TMA box of scale atoms, in 8-byte words: (words of an atom, atoms along K, atoms along the rows)."""
-        return SCALE_ATOM_BYTES // 8, self.plan.tile.k // MMA_K, scale_atoms(extent)
+            ring_start = Stage(**{name: shared_address(smem[name]) for name in ("a", "b", "sfa", "sfb")})
+            Consumer(plan, schedule, ring, mainloop, epilogue).run(first, stride, k_tiles, ring_start)
 
     def _smem_layouts(self) -> dict:
         """The staged shared-memory layout of each TMA buffer; the last mode is the stage."""
-        plan, tile = self.plan, self.plan.tile
-        out_bytes = FLOAT_BYTES[plan.spec.out_dtype]
+        plan, (rows, columns), k = self.plan, self.plan.mma_tile, self.plan.tile.k
+        out_bytes, (store_rows, boxes) = FLOAT_BYTES[plan.spec.out_dtype], store_box(plan.tile)
+        buffers = plan.groups * plan.epilogue_stages * boxes
         return {
-            "a": tile_layout(tile.m, tile.k // 2, plan.stages),
-            "b": tile_layout(tile.n, tile.k // 2, plan.stages),
-            "sfa": cute.make_layout((*self._scale_box(tile.m), plan.stages)),
-            "sfb": cute.make_layout((*self._scale_box(tile.n), plan.stages)),
-            "c": tile_layout(tile.m, EPILOGUE_COLUMNS * out_bytes, plan.epilogue_stages, out_bytes),
+            "a": tile_layout(rows, k // 2, plan.stages),
+            "b": tile_layout(columns, k // 2, plan.stages),
+            "sfa": cute.make_layout((*tma_box(rows, k), plan.stages)),
+            "sfb": cute.make_layout((*tma_box(columns, k), plan.stages)),
+            "c": tile_layout(store_rows, EPILOGUE_COLUMNS * out_bytes, buffers, out_bytes),
         }
 
     def _allocate(self) -> dict[str, cute.Pointer]:

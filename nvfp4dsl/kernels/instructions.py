@@ -89,23 +89,27 @@ def ldmatrix_x4(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32, Int
 
 
 @dsl_user_op
-def stmatrix_x4(address: Int32, words: Sequence[Int32], *, loc=None, ip=None) -> None:
-    """The inverse of :func:`ldmatrix_x4`."""
-    _asm(
-        None,
-        [address, *words],
-        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1,$2,$3,$4};",
-        "r,r,r,r,r",
-        pure=False,
-        loc=loc,
-        ip=ip,
-    )
+def stmatrix(address: Int32, words: Sequence[Int32], *, transposed: bool = False, loc=None, ip=None) -> None:
+    """The inverse of :func:`ldmatrix_x4` for 1, 2 or 4 matrices of 8 x 8 16-bit values, one word each.
+
+    ``transposed``: lane 8i + c gives the address of column c of matrix i.
+    """
+    count = len(words)
+    names, trans = ",".join(f"${i + 1}" for i in range(count)), ".trans" if transposed else ""
+    text = f"stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [$0], {{{names}}};"
+    _asm(None, [address, *words], text, ",".join("r" * (count + 1)), pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op
 def load_shared(address: Int32, *, loc=None, ip=None) -> Int32:
     """A 32-bit word from shared memory."""
     return Int32(_asm(T.i32(), [address], "ld.shared.b32 $0, [$1];", "=r,r", pure=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def store_shared_f32(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
+    """An fp32 value to shared memory."""
+    _asm(None, [address, x], "st.shared.f32 [$0], $1;", "r,f", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -197,16 +201,66 @@ def load_shared_v2(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32]:
 
 
 @dsl_user_op
-def load_global(address: Int64, *, loc=None, ip=None) -> Int32:
-    """A 32-bit word from global memory."""
-    return Int32(_asm(T.i32(), [address], "ld.global.b32 $0, [$1];", "=r,l", pure=False, loc=loc, ip=ip))
+def load_global_v4_if(
+    address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None
+) -> tuple[Int32, Int32, Int32, Int32]:
+    """Four neighbouring 32-bit words from global memory, the address a multiple of 16, where ``index < limit``; else
+    zeros, and nothing is read.
+    """
+    text = (
+        "{ .reg .pred p; setp.lt.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
+    )
+    operands = [address, index, limit]
+    return _asm_tuple(Int32, 4, operands, text, "=&r,=&r,=&r,=&r,l,r,r", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op
-def load_global_if(address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None) -> Int32:
-    """:func:`load_global` where ``index < limit``, else zero; nothing is read then."""
-    text = "{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
-    return Int32(_asm(T.i32(), [address, index, limit], text, "=&r,l,r,r", pure=False, loc=loc, ip=ip))
+def store_shared_v4(address: Int32, words: Sequence[Int32], *, loc=None, ip=None) -> None:
+    """Four neighbouring 32-bit words to shared memory; the address a multiple of 16."""
+    _asm(None, [address, *words], "st.shared.v4.b32 [$0], {$1,$2,$3,$4};", "r,r,r,r,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def load_shared_f32(address: Int32, *, loc=None, ip=None) -> Float32:
+    """An fp32 value from shared memory."""
+    return Float32(_asm(T.f32(), [address], "ld.shared.f32 $0, [$1];", "=f,r", pure=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def cluster_address(address: Int32, rank: Int32, *, loc=None, ip=None) -> Int32:
+    """Where a shared-memory address of this CTA lies in the CTA ``rank`` of the cluster."""
+    text = "mapa.shared::cluster.u32 $0, $1, $2;"
+    return Int32(_asm(T.i32(), [address, rank], text, "=r,r,r", pure=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def store_cluster_f32x2(address: Int32, x: Float32, y: Float32, *, loc=None, ip=None) -> None:
+    """:func:`store_shared_f32x2` to a :func:`cluster_address`."""
+    _asm(None, [address, x, y], "st.shared::cluster.v2.f32 [$0], {$1,$2};", "r,f,f", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def mbarrier_arrive_cluster(address: Int32, *, loc=None, ip=None) -> None:
+    """Arrive on the mbarrier at a :func:`cluster_address`; what was written before is visible to who waits for it."""
+    text = "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];"
+    _asm(None, [address], text, "r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _mbarrier_try_wait_cluster(address: Int32, parity: Int32, *, loc=None, ip=None) -> Int32:
+    text = (
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }"
+    )
+    return Int32(_asm(T.i32(), [address, parity], text, "=r,r,r", pure=False, loc=loc, ip=ip))
+
+
+@cute.jit
+def mbarrier_wait_cluster(address: Int32, parity: Int32):
+    """Wait for a phase of this CTA's mbarrier, and see what was written in other CTAs before their arrivals."""
+    done = _mbarrier_try_wait_cluster(address, parity)
+    while done == 0:
+        done = _mbarrier_try_wait_cluster(address, parity)
 
 
 @dsl_user_op

@@ -1,4 +1,8 @@
-"""The interface between the one GEMM algorithm and the instruction that multiplies."""
+"""The interface between the one GEMM algorithm and the instruction that multiplies.
+
+A mainloop, like the schedule and the roles, counts rows and columns as its instruction does: M and N of the tile are
+the instruction's. Where operands are swapped, those are weight rows and tokens; only the epilogue turns them round.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,11 +11,12 @@ from typing import Any, ClassVar, Literal
 from cutlass import Int32
 
 from nvfp4dsl.config import Plan
+from nvfp4dsl.kernels.schedule import TileCoord
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Shared-memory addresses of one filled stage of the load ring."""
+    """Shared-memory addresses of one filled stage of the load ring: codes and scales of the instruction's A and B."""
 
     a: Int32
     b: Int32
@@ -22,16 +27,13 @@ class Stage:
 class Mainloop(ABC):
     """Multiplies one stage of operands into the accumulators.
 
-    Three facts fix how the rest of the kernel treats an inner loop, and they are all it may ask:
+    Two facts fix how the rest of the kernel treats an inner loop; a third, whether operands are swapped, is the plan's:
 
     Attributes:
-        swaps_operands: the weight is the instruction's M operand and the output is produced transposed, so that few
-            tokens fill a narrow N.
         transforms_operand: an operand is decoded in registers on its way to the instruction.
         accumulators: where they live: in a warp's registers, or in tensor memory, which the epilogue must read back.
     """
 
-    swaps_operands: ClassVar[bool]
     transforms_operand: ClassVar[bool]
     accumulators: ClassVar[Literal["registers", "tmem"]]
 
@@ -40,19 +42,31 @@ class Mainloop(ABC):
 
     @abstractmethod
     def bind(self, warp: Int32, lane: Int32) -> None:
-        """Compute this lane's offsets within a stage, once; everything later is an immediate away from them."""
+        """Compute this lane's offsets within a stage, once; everything later is an immediate away from them.
+
+        ``warp``: within its group.
+        """
+
+    @abstractmethod
+    def block_row(self, block: int | Int32) -> Int32:
+        """First row, within the tile, of this warp's m16 ``block``."""
+
+    @abstractmethod
+    def block_column(self, block: int | Int32) -> Int32:
+        """First column, within the tile, of this warp's n8 ``block``."""
 
     @abstractmethod
     def make_accumulators(self) -> Any:
-        """Storage for one warp's share of the output tile."""
+        """Storage for one warp's share of the output tile: (4, m16 blocks, n8 blocks), the first mode an MMA's."""
 
     @abstractmethod
     def clear(self, accumulators: Any) -> None:
         """Set them to zero; called once an output tile."""
 
-    @abstractmethod
-    def multiply(self, accumulators: Any, stage: Stage, row_half: Int32) -> None:
-        """Accumulate the whole K extent of one stage.
+    def buffers(self, first: Stage, coord: TileCoord) -> Stage:
+        """Slot 0 of the ring as this output tile reads it; ``first`` is where the slot begins."""
+        return first
 
-        ``row_half``: for tiles of 64 rows, which half of the 128-row scale atom belongs to this tile (0 or 1).
-        """
+    @abstractmethod
+    def multiply(self, accumulators: Any, stage: Stage) -> None:
+        """Accumulate the whole K extent of one stage."""

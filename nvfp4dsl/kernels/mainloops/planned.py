@@ -34,7 +34,6 @@ class PlannedMainloop(Mainloop):
 class WgmmaMainloop(PlannedMainloop):
     """WGMMA, sm_90a: bf16 warpgroup MMA, NVFP4 weights decoded in registers as its A operand."""
 
-    swaps_operands: ClassVar[bool] = True
     transforms_operand: ClassVar[bool] = True
     accumulators: ClassVar[Literal["registers", "tmem"]] = "registers"
 
@@ -45,7 +44,6 @@ class HmmaMainloop(PlannedMainloop):
     For few tokens :mod:`nvfp4dsl.kernels.skinny` does this already; here it would serve tiles of many.
     """
 
-    swaps_operands: ClassVar[bool] = True
     transforms_operand: ClassVar[bool] = True
     accumulators: ClassVar[Literal["registers", "tmem"]] = "registers"
 
@@ -53,6 +51,5 @@ class HmmaMainloop(PlannedMainloop):
 class UtcommaMainloop(PlannedMainloop):
     """UTCOMMA, sm_100a: tcgen05 block-scaled MMA, accumulators in tensor memory."""
 
-    swaps_operands: ClassVar[bool] = False
     transforms_operand: ClassVar[bool] = False
     accumulators: ClassVar[Literal["registers", "tmem"]] = "tmem"

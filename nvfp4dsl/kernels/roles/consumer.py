@@ -9,11 +9,10 @@ from nvfp4dsl.config import Plan
 from nvfp4dsl.kernels.epilogue import Epilogue
 from nvfp4dsl.kernels.mainloops import Mainloop, Stage
 from nvfp4dsl.kernels.schedule import PersistentSchedule
-from nvfp4dsl.layouts import SCALE_ATOM_ROWS
 
 
 class Consumer:
-    """Eight warps that work on one tile together. Each frees a stage with one arrival, after all its lanes read it."""
+    """The warps of a group, which share a tile. Each frees a stage with one arrival, after all its lanes read it."""
 
     def __init__(
         self,
@@ -32,18 +31,17 @@ class Consumer:
         return Stage(**{name: getattr(first, name) + index * step[name] for name in ("a", "b", "sfa", "sfb")})
 
     @cute.jit
-    def run(self, first: Int32, stride: Int32, k_tiles: Int32, buffers: Stage):
-        tile = self.plan.tile
+    def run(self, first: Int32, stride: Int32, k_tiles: Int32, ring_start: Stage):
         accumulators = self.mainloop.make_accumulators()
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.plan.stages)
 
         for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
             coord = self.schedule.coord(index)
-            row_half = coord.m % max(1, SCALE_ATOM_ROWS // tile.m)
+            buffers = self.mainloop.buffers(ring_start, coord)
             self.mainloop.clear(accumulators)
             for _ in cutlass.range(k_tiles, unroll=1):
                 self.ring.consumer_wait(state)
-                self.mainloop.multiply(accumulators, self.stage(buffers, state.index), row_half)
+                self.mainloop.multiply(accumulators, self.stage(buffers, state.index))
                 # one lane arrives for the warp, so the other lanes' reads must be done
                 cute.arch.sync_warp()
                 self.ring.consumer_release(state)

@@ -9,8 +9,8 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import Plan
+from nvfp4dsl.kernels.scales import box_coordinate
 from nvfp4dsl.kernels.schedule import PersistentSchedule
-from nvfp4dsl.layouts import SCALE_ATOM_ROWS
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Producer:
 
     @cute.jit
     def run(self, first: Int32, stride: Int32, k_tiles: Int32, a: Operand, b: Operand, sfa: Operand, sfb: Operand):
-        tile = self.plan.tile
+        rows, columns = self.plan.mma_tile
         tAsA, tAgA = a.partition()
         tBsB, tBgB = b.partition()
         tAsSFA, tAgSFA = sfa.partition()
@@ -61,16 +61,15 @@ class Producer:
 
         for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
             coord = self.schedule.coord(index)
-            # A 64-row tile reads the 128-row scale atom it shares with its neighbour.
-            sfa_m = coord.m * tile.m // max(tile.m, SCALE_ATOM_ROWS)
+            (line_a, atom_a), (line_b, atom_b) = box_coordinate(coord.m, rows), box_coordinate(coord.n, columns)
             for k in cutlass.range(k_tiles, unroll=1):
                 self.ring.producer_acquire(state)
                 full = self.ring.producer_get_barrier(state)
                 slot = (None, state.index)
                 cute.copy(a.atom, tAgA[(None, coord.m, k, coord.batch)], tAsA[slot], tma_bar_ptr=full)
                 cute.copy(b.atom, tBgB[(None, coord.n, k, coord.batch)], tBsB[slot], tma_bar_ptr=full)
-                cute.copy(sfa.atom, tAgSFA[(None, 0, k, sfa_m, coord.batch)], tAsSFA[slot], tma_bar_ptr=full)
-                cute.copy(sfb.atom, tBgSFB[(None, 0, k, coord.n, coord.batch)], tBsSFB[slot], tma_bar_ptr=full)
+                cute.copy(sfa.atom, tAgSFA[(None, line_a, k, atom_a, coord.batch)], tAsSFA[slot], tma_bar_ptr=full)
+                cute.copy(sfb.atom, tBgSFB[(None, line_b, k, atom_b, coord.batch)], tBsSFB[slot], tma_bar_ptr=full)
                 state.advance()
         # No wait for the last stages to drain: only this CTA's own warps arrive on its barriers, and shared memory
         # lives until the last of them exits. A cluster's peers would make that wait necessary.
