@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4dsl import cubin, patches
+from nvfp4dsl.config import GemmSpec
+from nvfp4dsl.config.quantize import QuantizeSpec
 from nvfp4dsl.errors import CompileError, LaunchError
 from nvfp4dsl.jit.key import KeyInputs, observed
 from nvfp4dsl.jit.pool import pool
@@ -23,7 +25,8 @@ from nvfp4dsl.targets import get_target
 
 log = logging.getLogger(__name__)
 
-BUILDER = "nvfp4dsl.kernels:build"
+#: what can be compiled: the builder of each kind of spec
+BUILDERS: dict[type, str] = {GemmSpec: "nvfp4dsl.kernels:build", QuantizeSpec: "nvfp4dsl.kernels.quantize:build"}
 
 
 class CompiledKernel:
@@ -90,14 +93,15 @@ def store() -> Store:
     return Store(settings.cache_dir / "kernels", settings.cache_bytes)
 
 
-def compile(spec: Any, tile: Any, target: str, *, builder: str = BUILDER) -> CompiledKernel:
+def compile(spec: Any, tile: Any, target: str, *, builder: str | None = None) -> CompiledKernel:
     """The kernel for ``spec`` and ``tile`` on ``target``, from the cache or compiled now. Needs no GPU.
 
     Args:
-        spec: a :class:`~nvfp4dsl.config.GemmSpec`.
-        tile: a :class:`~nvfp4dsl.config.TileConfig`.
+        spec, tile: a :class:`~nvfp4dsl.config.GemmSpec` with a :class:`~nvfp4dsl.config.TileConfig`, or a
+            :class:`~nvfp4dsl.config.quantize.QuantizeSpec` with a :class:`~nvfp4dsl.config.quantize.QuantizeTile`.
         target: e.g. ``"sm_121a"``.
-        builder: ``"module:function"`` that makes the kernel out of these three; importable by a new process.
+        builder: ``"module:function"`` that makes the kernel out of these three, importable by a new process; by default
+            the one that :data:`BUILDERS` has for the spec.
 
     Raises:
         TargetError: unknown target.
@@ -111,6 +115,7 @@ def compile(spec: Any, tile: Any, target: str, *, builder: str = BUILDER) -> Com
         patches.check(target, observed())
     except patches.RefusedError as error:
         raise CompileError(str(error)) from None
+    builder = builder or BUILDERS[type(spec)]
     inputs = KeyInputs.of(builder, spec, tile, target)
     key, timeout = inputs.key(), settings.compile_timeout
 

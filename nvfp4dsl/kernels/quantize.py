@@ -1,0 +1,405 @@
+"""Rows of floats to NVFP4: codes and block scales, and the largest magnitude that a dynamic global scale comes from.
+
+A stream: a thread takes a block of 16 values, some rows apart so that several loads are under way, and nothing but its
+global scale is shared. :mod:`nvfp4dsl.kernels.e2m1` has the arithmetic, :mod:`nvfp4dsl.reference` the recipe.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+
+from nvfp4dsl.config.quantize import QuantizePlan, QuantizeSpec, QuantizeTile, plan
+from nvfp4dsl.config.spec import FLOAT_BYTES, WARP
+from nvfp4dsl.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN_SUBNORMAL, FP32_MIN_NORMAL, NIBBLES
+from nvfp4dsl.kernels.compat import SmemAllocator
+from nvfp4dsl.kernels.e2m1 import (
+    GLOBAL_MAX,
+    GLOBAL_MIN,
+    add_global,
+    bits_of_float,
+    divide,
+    encode_e2m1x8,
+    encode_halved_e2m1x8,
+    float_of_bits,
+    load_global_v4_if,
+    maximum,
+    maximum_magnitude,
+    maximum_magnitude_x2,
+    multiply,
+    quotient,
+    reciprocal,
+    round_to_e4m3,
+    store_global_u8,
+    store_global_v2,
+    unpack_halves,
+    warp_maximum,
+)
+from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
+from nvfp4dsl.layouts import (
+    SCALE_ATOM_BLOCKS,
+    SCALE_ATOM_BYTES,
+    SCALE_ATOM_ROWS,
+    SCALE_ATOM_SHAPE,
+    SCALE_ATOM_STRIDE,
+    IntLayout,
+)
+
+BLOCK_BYTES = BLOCK // NIBBLES
+LOAD_BYTES = 16
+ALIGN = 8  # of what kernels write: blocks of codes
+SCALE_ATOM = IntLayout(SCALE_ATOM_SHAPE, SCALE_ATOM_STRIDE)
+#: e4m3 rounds what is above this (halfway to the next value, had it one) past its largest value
+SATURATED = 464.0
+NAN_CODES = 0x77777777
+INFINITY_BITS, FP32_MAX = 0x7F800000, (2 - 2.0**-23) * 2.0**127
+
+
+class Amax:
+    """``partials[g, p] = max |x|`` over the share of CTA p of the matrices that have a global scale g in common.
+
+    Call arguments: ``x`` (L, M, K), K contiguous, rows on 16 bytes; ``partials`` (G, P) fp32, G = 1 or L: one launch of
+    P x G CTAs. NaN anywhere is the largest magnitude.
+    """
+
+    def __init__(self, plan: QuantizePlan):
+        self.plan = plan
+
+    @cute.jit
+    def __call__(self, x: cute.Tensor, partials: cute.Tensor, stream):
+        self.kernel(x, partials).launch(
+            grid=[partials.shape[1], partials.shape[0], 1],
+            block=[self.plan.tile.threads, 1, 1],
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(self, mX: cute.Tensor, mPartials: cute.Tensor):
+        _overlap_launches()
+        thread, _, _ = cute.arch.thread_idx()
+        share, group, _ = cute.arch.block_idx()
+        # all matrices where they share a global scale
+        matrices = mX.shape[0] // mPartials.shape[0]
+        walk = Walk(self.plan, Rows(self.plan, mX), thread)
+        largest = CtaMaximum(self.plan.tile.threads).of(
+            walk.amax(group * matrices, matrices, share, mPartials.shape[1])
+        )
+        if thread == 0:
+            mPartials[group, share] = float_of_bits(largest)
+
+
+def _overlap_launches() -> None:
+    """Let the next kernel start, and touch no memory before the last has ended (programmatic dependent launch)."""
+    cute.arch.griddepcontrol_launch_dependents()
+    cute.arch.griddepcontrol_wait()
+
+
+class Walk:
+    """A thread's way through the tiles that its CTA has a share in."""
+
+    def __init__(self, plan: QuantizePlan, source, thread: Int32):
+        self.tile, self.source, self.thread = plan.tile, source, thread
+        self.k_tiles = cute.ceil_div(source.blocks, plan.tile.blocks)
+        self.row_tiles = cute.ceil_div(source.rows, plan.tile.cta_rows)
+
+    @cute.jit
+    def amax(self, first: Int32, matrices: Int32, share: Int32, shares: Int32):
+        """The largest magnitude in ``matrices`` matrices from ``first`` on, as bits: magnitudes have no sign, so they
+        compare as integers do, and NaN is above infinity."""
+        largest = Int32(0)
+        for item in cutlass.range(share, matrices * self.row_tiles * self.k_tiles, shares, unroll=1):
+            matrix_tile = item // self.k_tiles
+            batch, row_tile = first + matrix_tile // self.row_tiles, matrix_tile % self.row_tiles
+            for words in self.load(batch, row_tile, item % self.k_tiles):
+                largest = cutlass.max(largest, bits_of_float(self.source.magnitude(words)))
+        return largest
+
+    def load(self, batch: Int32, row_tile: Int32, k_tile: Int32) -> list:
+        """The words of this thread's blocks of a tile."""
+        block, rows = self.blocks_of(row_tile, k_tile)
+        return [self.source.load(batch, row, block) for row in rows]
+
+    def blocks_of(self, row_tile: Int32, k_tile: Int32) -> tuple:
+        """(block along K, rows) that this thread takes of a tile."""
+        tile = self.tile
+        row = row_tile * tile.cta_rows + self.thread // tile.blocks
+        return k_tile * tile.blocks + self.thread % tile.blocks, [row + i * tile.row_step for i in range(tile.rows)]
+
+
+class CtaMaximum:
+    """The largest of one nonnegative integer a thread; every thread gets it. Once a kernel."""
+
+    def __init__(self, threads: int):
+        self.warps = threads // WARP
+        self.slots = SmemAllocator().allocate_array(Int32, self.warps)
+
+    @cute.jit
+    def of(self, x: Int32):
+        thread, _, _ = cute.arch.thread_idx()
+        slots = cute.make_tensor(self.slots, cute.make_layout(self.warps))
+        x = warp_maximum(x)
+        if thread % WARP == 0:
+            slots[thread // WARP] = x
+        cute.arch.sync_threads()
+        x = slots[0]
+        for i in cutlass.range_constexpr(1, self.warps):
+            x = cutlass.max(x, slots[i])
+        return x
+
+
+class Quantize:
+    """Codes and scales of ``x``, by :func:`nvfp4dsl.reference.quantize` bit for bit.
+
+    Call arguments: ``x`` (L, M, K), K contiguous, rows on 16 bytes; ``partials`` (G, P) fp32 or None;
+    ``global_scale`` (L) fp32, any stride, read, or (G) written if dynamic; ``codes`` (L, M, bytes) u8; ``scales``
+    u8, (L, ceil(M/128), ceil(K/64), 512) or canonical (L, M, K/16); ``linear`` (L, M, K/16) u8 or None; ``saturated``
+    (1) int32, added to, or None. Pads are written, with zeros.
+
+    Values that are not finite: an infinity is like any value too large, +-6 of the largest scale; a NaN makes its
+    block's scale NaN and its codes 7. A global scale that is not finite and positive makes every scale NaN.
+    """
+
+    def __init__(self, plan: QuantizePlan):
+        self.plan = plan
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,
+        partials: cute.Tensor | None,
+        global_scale: cute.Tensor,
+        codes: cute.Tensor,
+        scales: cute.Tensor,
+        linear: cute.Tensor | None,
+        saturated: cute.Tensor | None,
+        stream,
+    ):
+        out = Destination(self.plan, x.shape[2], codes, scales, linear)
+        tile = self.plan.tile
+        k_tiles = cute.ceil_div(out.padded_blocks, tile.blocks)
+        row_tiles = cute.ceil_div(out.padded_rows, tile.cta_rows)
+        self.kernel(x, partials, global_scale, codes, scales, linear, saturated).launch(
+            grid=[k_tiles * row_tiles, x.shape[0], 1],
+            block=[tile.threads, 1, 1],
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor,
+        mPartials: cute.Tensor | None,
+        mGlobal: cute.Tensor,
+        mCodes: cute.Tensor,
+        mScales: cute.Tensor,
+        mLinear: cute.Tensor | None,
+        mSaturated: cute.Tensor | None,
+    ):
+        _overlap_launches()
+        plan, tile = self.plan, self.plan.tile
+        thread, _, _ = cute.arch.thread_idx()
+        item, batch, _ = cute.arch.block_idx()
+        source, out = Rows(plan, mX), Destination(plan, mX.shape[2], mCodes, mScales, mLinear)
+        walk = Walk(plan, source, thread)
+        k_tiles = cute.ceil_div(out.padded_blocks, tile.blocks)
+        row_tile, k_tile = item // k_tiles, item % k_tiles
+        block, rows = walk.blocks_of(row_tile, k_tile)
+        raw = walk.load(batch, row_tile, k_tile)
+        if cutlass.const_expr(plan.spec.dynamic):
+            scaling = Scaling(plan, _dynamic_scale(plan, mPartials, mGlobal, batch, thread, item == 0))
+        else:
+            scaling = Scaling(plan, mGlobal[batch])
+        for r, words in zip(rows, raw, strict=True):
+            values = source.values(words)
+            low, high, scale, wanted = scaling.quantize(values, source.magnitude(words))
+            out.store(batch, r, block, low, high, scale)
+            if cutlass.const_expr(plan.spec.count):
+                _count(mSaturated, wanted > SATURATED)
+
+
+@cute.jit
+def _dynamic_scale(plan, mPartials: cute.Tensor, mGlobal: cute.Tensor, batch, thread, first):
+    """amax / (448 * 6) out of the partial maxima, kept normal; 1 where all is zero. The first CTA writes it."""
+    groups, shares = mPartials.shape
+    group = cutlass.min(batch, groups - 1)
+    largest = Int32(0)
+    for share in cutlass.range(thread, shares, plan.tile.threads, unroll=1):
+        largest = cutlass.max(largest, bits_of_float(mPartials[group, share]))
+    amax = float_of_bits(CtaMaximum(plan.tile.threads).of(largest))
+    scale = maximum(divide(amax, Float32(E4M3_MAX * E2M1_MAX)), Float32(FP32_MIN_NORMAL))
+    if amax == 0.0:
+        scale = Float32(1.0)
+    if first and thread == 0 and batch < groups:
+        mGlobal[batch] = scale
+    return scale
+
+
+@cute.jit
+def _count(mSaturated: cute.Tensor, saturated):
+    number = cute.arch.popc(cute.arch.vote_ballot_sync(saturated))
+    if cute.arch.lane_idx() == 0 and number > 0:
+        add_global(Int64(mSaturated.iterator.toint()), Int32(number))
+
+
+class Rows:
+    """Blocks of a row-major tensor, as words and as fp32 values."""
+
+    def __init__(self, plan: QuantizePlan, mX: cute.Tensor):
+        self.mX, self.dtype = mX, plan.spec.dtype
+        _, self.rows, k = mX.shape
+        self.blocks = k // BLOCK
+        self.bytes = FLOAT_BYTES[self.dtype]
+
+    def load(self, batch: Int32, row: Int32, block: Int32) -> list:
+        """The words of a block, 16 bytes a load; zeros outside the tensor."""
+        batch_stride, row_stride, _ = self.mX.stride
+        offset = Int64(batch) * batch_stride + Int64(row) * row_stride + Int64(block) * BLOCK
+        address = Int64(self.mX.iterator.toint()) + offset * self.bytes
+        limit = cutlass.select_(row < self.rows, self.blocks, Int32(0))
+        loads = [load_global_v4_if(address + i, block, limit) for i in range(0, BLOCK * self.bytes, LOAD_BYTES)]
+        return [word for words in loads for word in words]
+
+    def values(self, words: list) -> list:
+        if self.dtype == "fp32":
+            return [float_of_bits(word) for word in words]
+        return [value for word in words for value in unpack_halves(word, self.dtype)]
+
+    def magnitude(self, words: list) -> Float32:
+        """The block's largest magnitude, NaN if there is one."""
+        if self.dtype == "fp32":
+            return _tree(maximum_magnitude, [float_of_bits(word) for word in words])
+        pair = _tree(lambda a, b: maximum_magnitude_x2(a, b, self.dtype), words)
+        return maximum_magnitude(*unpack_halves(pair, self.dtype))
+
+
+def _tree(function, items: list):
+    while len(items) > 1:
+        items = [function(a, b) for a, b in zip(items[::2], items[1::2], strict=True)]
+    return items[0]
+
+
+class Scaling:
+    """One block at a time against a global scale."""
+
+    def __init__(self, plan: QuantizePlan, global_scale: Float32):
+        self.plan = plan
+        valid = cutlass.and_(global_scale >= FP32_MIN_NORMAL, global_scale <= FP32_MAX)
+        self.global_scale = cutlass.select_(valid, global_scale, Float32(float("nan")))
+        self.near_one = cutlass.and_(global_scale >= GLOBAL_MIN, global_scale <= GLOBAL_MAX)
+        self.unit = multiply(self.global_scale, Float32(E2M1_MAX))
+        self.per_unit = reciprocal(self.unit)
+
+    @cute.jit
+    def quantize(self, values: list, amax: Float32):
+        """(codes of the first eight, of the others, scale byte, the scale before rounding)."""
+        low, high, scale, wanted = Int32(0), Int32(0), Int32(0), Float32(0.0)
+        if cutlass.const_expr(self.plan.spec.dtype == "fp32"):
+            low, high, scale, wanted = self._by_division(values, amax)
+        # all threads go the same way
+        elif self.near_one:
+            low, high, scale, wanted = self._by_reciprocal(values, amax)
+        else:
+            low, high, scale, wanted = self._by_division(values, amax)
+        return low, high, scale, wanted
+
+    def _by_reciprocal(self, values: list, amax: Float32):
+        """What :func:`reciprocal` serves: values of 16 bits, global scales that are neither huge nor tiny."""
+        wanted = quotient(amax, *self.per_unit)
+        scale, step = self._step(wanted)
+        parts = reciprocal(step if self.plan.hardware_e2m1 else step + step)
+        return *self._encode([quotient(x, *parts) for x in values], step), scale, wanted
+
+    def _by_division(self, values: list, amax: Float32):
+        """The recipe as it is written."""
+        wanted = divide(amax, self.unit)
+        scale, step = self._step(wanted)
+        quotients = [divide(x, step) for x in values]
+        if not self.plan.hardware_e2m1:
+            quotients = [multiply(q, Float32(0.5)) for q in quotients]
+        return *self._encode(quotients, step), scale, wanted
+
+    def _step(self, wanted: Float32) -> tuple[Int32, Float32]:
+        """(scale byte, what a code of 1 stands for)."""
+        scale, value = round_to_e4m3(maximum(wanted, Float32(E4M3_MIN_SUBNORMAL)))
+        return scale, multiply(value, self.global_scale)
+
+    def _encode(self, quotients: list, step: Float32) -> list[Int32]:
+        """Two words of codes; of half the quotients where there is no instruction for it."""
+        halves = quotients[:8], quotients[8:]
+        if self.plan.hardware_e2m1:
+            return [encode_e2m1x8(half) for half in halves]
+        nan = bits_of_float(step) > INFINITY_BITS
+        return [cutlass.select_(nan, Int32(NAN_CODES), encode_halved_e2m1x8(half)) for half in halves]
+
+
+class Destination:
+    """Where a block's codes and scale go, and which pads there are to fill."""
+
+    def __init__(self, plan: QuantizePlan, k: Int32, mCodes: cute.Tensor, mScales: cute.Tensor, mLinear):
+        self.mCodes, self.mScales, self.mLinear = mCodes, mScales, mLinear
+        self.swizzled = plan.spec.layout == "blackwell"
+        _, self.rows, self.row_bytes = mCodes.shape
+        self.blocks, self.code_blocks = k // BLOCK, self.row_bytes // BLOCK_BYTES
+        if self.swizzled:
+            self.padded_rows = mScales.shape[1] * SCALE_ATOM_ROWS
+            self.padded_blocks = mScales.shape[2] * SCALE_ATOM_BLOCKS
+        else:
+            self.padded_rows, self.padded_blocks = self.rows, self.blocks
+
+    @cute.jit
+    def store(self, batch: Int32, row: Int32, block: Int32, low: Int32, high: Int32, scale: Int32):
+        """A block outside the tensor has zero codes; its scale is a pad too."""
+        rows, blocks = self.rows, self.blocks
+        matrix_row = Int64(batch) * rows + row
+        code_blocks, row_bytes, mCodes = self.code_blocks, self.row_bytes, self.mCodes
+        if row < rows and block < code_blocks:
+            store_global_v2(Int64(mCodes.iterator.toint()) + matrix_row * row_bytes + block * BLOCK_BYTES, low, high)
+        inside = cutlass.and_(row < rows, block < blocks)
+        mLinear = self.mScales
+        if cutlass.const_expr(self.swizzled):
+            mScales, mLinear = self.mScales, self.mLinear
+            if row < self.padded_rows and block < self.padded_blocks:
+                atom_row = (Int64(batch) * mScales.shape[1] + (row >> 7)) * mScales.shape[2] + (block >> 2)
+                within = SCALE_ATOM(row & (SCALE_ATOM_ROWS - 1), (block & (SCALE_ATOM_BLOCKS - 1)) * BLOCK)
+                byte = cutlass.select_(inside, scale, Int32(0))
+                store_global_u8(Int64(mScales.iterator.toint()) + atom_row * SCALE_ATOM_BYTES + within, byte)
+        if cutlass.const_expr(mLinear is not None):  # noqa: SIM102 (one is static, one dynamic)
+            if inside:
+                store_global_u8(Int64(mLinear.iterator.toint()) + matrix_row * blocks + block, scale)
+
+
+def build(spec: QuantizeSpec, tile: QuantizeTile, target: str) -> tuple[Quantize | Amax, tuple]:
+    """The kernel object and the fake arguments to trace it with; extents and batch strides are symbols.
+
+    Raises:
+        TileError: the tile is not legal.
+        TargetError: unknown target.
+    """
+    planned = plan(spec, tile, target)
+    batch, m, k = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
+    vector = LOAD_BYTES // FLOAT_BYTES[spec.dtype]
+    strides = (cute.sym_int64(divisibility=vector), cute.sym_int64(divisibility=vector), 1)
+    x = make_fake_tensor(FLOAT_TYPES[spec.dtype], (batch, m, k), strides, assumed_align=LOAD_BYTES)
+    partials = _compact(Float32, cute.sym_int(), cute.sym_int())
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    if spec.reduce:
+        return Amax(planned), (x, partials, stream)
+    linear = _compact(Uint8, batch, m, cute.sym_int())
+    swizzled = _compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
+    return Quantize(planned), (
+        x,
+        partials if spec.dynamic else None,
+        make_fake_tensor(Float32, (cute.sym_int(),), (cute.sym_int64(),), assumed_align=4),
+        _compact(Uint8, batch, m, cute.sym_int(divisibility=BLOCK_BYTES)),
+        swizzled if spec.layout == "blackwell" else linear,
+        linear if spec.linear else None,
+        _compact(Int32, 1) if spec.count else None,
+        stream,
+    )
+
+
+def _compact(dtype, *shape):
+    order = tuple(reversed(range(len(shape))))
+    return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=ALIGN)

@@ -1,0 +1,198 @@
+"""The quantization kernels, called on tensors: layouts, batches, and where the global scale comes from.
+
+A global scale is given, or it is the tensor's own: then one launch leaves partial maxima and the next one derives it,
+all on the device. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import Any
+
+import torch
+
+from nvfp4dsl import dispatch, emulator
+from nvfp4dsl.config.quantize import QuantizeSpec, QuantizeTile
+from nvfp4dsl.constants import BLOCK, FP32_MIN_NORMAL
+from nvfp4dsl.emulator.capture import capture
+from nvfp4dsl.errors import LayoutError, OperandError, TargetError
+from nvfp4dsl.formats import CANONICAL, STORAGES, values_at_hand
+from nvfp4dsl.layouts import TMA_ROW_BYTES, ceil_div
+from nvfp4dsl.packing import BLACKWELL
+
+LAYOUTS = (BLACKWELL, CANONICAL)
+#: CTAs of the launch that finds partial maxima, for each multiprocessor
+REDUCE_CTAS_PER_SM = 4
+
+
+def check_global_scale(global_scale: torch.Tensor | float) -> None:
+    """Refuse a global scale that is zero, negative, subnormal, infinite or NaN.
+
+    A number and a CPU tensor are looked at; a tensor on a device is not, since that would wait for it. There such a
+    scale makes every block scale, and so every value, NaN.
+
+    Raises:
+        OperandError: it is not finite and positive, or not of fp32.
+    """
+    if isinstance(global_scale, torch.Tensor):
+        if global_scale.dtype != torch.float32:
+            raise OperandError(f"global_scale is {global_scale.dtype}; it must be torch.float32: use .float()")
+        if global_scale.device.type != "cpu" or not values_at_hand(global_scale):
+            return
+        values = global_scale.flatten().tolist()
+    else:
+        values = [torch.tensor(float(global_scale)).item()]  # as fp32 has it
+    for value in values:
+        if not (math.isfinite(value) and value >= FP32_MIN_NORMAL):
+            raise OperandError(
+                f"global_scale is {value}; a global scale must be finite, positive and not subnormal. Leave it out "
+                "to take the tensor's own, amax / 2688 (1 for a tensor of zeros)"
+            )
+
+
+def quantize(
+    x: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    *,
+    layout: str,
+    per_matrix: bool = False,
+    linear_scales: bool = False,
+    saturation: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """x, quantized by the kernel where it lives: the numbers of :func:`nvfp4dsl.reference.quantize`.
+
+    Args:
+        x: bf16, fp16 or fp32 [..., M, K], on a CUDA device or inside ``emulate``; copied if K is not contiguous or rows
+            do not start on 16 bytes.
+        global_scale: fp32 [] or, one for each matrix, [...]; None takes x's own.
+        layout: ``"blackwell"`` or ``"canonical"``.
+        per_matrix: x's own global scales are one for each matrix.
+        linear_scales: return the scales in canonical order too.
+        saturation: int64 [2], to which the numbers of saturated blocks and of blocks are added.
+
+    Returns:
+        Codes and scale bytes in that layout; the global scale if it is x's own, else None; the linear scales or None.
+    """
+    target = dispatch.site(x.device)
+    if target is None:
+        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    *batch, m, k = x.shape
+    codes, scales, linear = empty(x, layout, linear_scales)
+    dynamic = global_scale is None
+    if dynamic:
+        global_scale = torch.empty(batch if per_matrix else (), dtype=torch.float32, device=x.device)
+    own = global_scale if dynamic else None
+    if not x.numel():
+        if own is not None:
+            own.fill_(1.0)
+        return codes, scales, own, linear
+    rows, matrices = _aligned(x), math.prod(batch)
+    sms = dispatch.sm_count(x.device)
+    tile = choose_tile(matrices * m, k // BLOCK, sms)
+    spec = QuantizeSpec(
+        dtype=dispatch.FLOATS[x.dtype],
+        layout=layout,
+        dynamic=dynamic,
+        count=saturation is not None,
+        linear=linear is not None,
+    )
+    partials = None
+    if dynamic:
+        partials = _partials(rows, global_scale.numel(), target.name, sms)
+        scale_vector = global_scale.view(-1)
+    else:
+        scale_vector = global_scale.expand(batch).reshape(matrices)
+    _launch(
+        dispatch.kernel_for(spec, tile, target.name),  # type: ignore[arg-type]
+        {
+            "x": rows,
+            "partials": partials,
+            "global_scale": scale_vector,
+            "codes": codes.view(matrices, m, -1),
+            "scales": scales.view(matrices, *scales.shape[len(batch) :]),
+            "linear": None if linear is None else linear.view(matrices, m, -1),
+            "saturation": saturation,
+        },
+        outputs=(
+            "codes",
+            "scales",
+            *(["linear"] if linear is not None else []),
+            *(["global_scale"] if dynamic else []),
+        ),
+        updates=("saturation",) if saturation is not None else (),
+    )
+    return codes, scales, own, linear
+
+
+def empty(x: torch.Tensor, layout: str, linear_scales: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scale bytes and linear scales of an x quantized in ``layout``, not filled.
+
+    Raises:
+        LayoutError: no kernel writes that layout.
+    """
+    if layout not in LAYOUTS:
+        raise LayoutError(f"layout is {layout!r}; quantization writes {', '.join(map(repr, LAYOUTS))}")
+    *batch, m, k = x.shape
+    qdata, scale = STORAGES[layout].shapes(m, k)
+    linear = x.new_empty((*batch, m, k // BLOCK), dtype=torch.uint8) if linear_scales else None
+    return (
+        x.new_empty((*batch, *qdata), dtype=torch.uint8),
+        x.new_empty((*batch, *scale), dtype=torch.uint8),
+        linear,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tile(rows: int, blocks: int, sms: int, loads: int = 2) -> QuantizeTile:
+    """As many blocks along K as a warp has lanes, or as there are; and ``loads`` rows a thread, where that leaves CTAs
+    for every multiprocessor."""
+    along_k = min(32, 1 << (blocks - 1).bit_length())
+    tile = QuantizeTile(along_k, loads)
+    ctas = ceil_div(blocks, along_k) * ceil_div(rows, tile.cta_rows)
+    return tile if ctas >= 2 * sms else QuantizeTile(along_k, 1)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """[L, M, K] with rows that 16-byte loads can read."""
+    m, k = x.shape[-2:]
+    rows = x.reshape(-1, m, k)
+    vector = TMA_ROW_BYTES // x.element_size()
+    if rows.stride(-1) != 1 or rows.data_ptr() % TMA_ROW_BYTES or any(s % vector for s in rows.stride()[:-1]):
+        rows = rows.contiguous().view(-1, m, k)
+    return rows
+
+
+def _partials(rows: torch.Tensor, groups: int, target: str, sms: int) -> torch.Tensor:
+    """fp32 [groups, P]: maxima of the shares of x that the global scales are derived from."""
+    matrices, m, k = rows.shape
+    tile = choose_tile(matrices * m, k // BLOCK, sms, 4)
+    tiles = matrices // groups * ceil_div(m, tile.cta_rows) * ceil_div(k // BLOCK, tile.blocks)
+    partials = rows.new_empty((groups, min(tiles, REDUCE_CTAS_PER_SM * sms)), dtype=torch.float32)
+    spec = QuantizeSpec(dtype=dispatch.FLOATS[rows.dtype], reduce=True)
+    kernel = dispatch.kernel_for(spec, tile, target)  # type: ignore[arg-type]
+    _launch(kernel, {"x": rows, "partials": partials}, outputs=("partials",))
+    return partials
+
+
+def _launch(kernel: Any, arguments: dict[str, Any], *, outputs: tuple[str, ...], updates: tuple[str, ...] = ()) -> None:
+    """Launch a kernel where its first argument lives. ``outputs`` are written, ``updates`` read and written."""
+    values = tuple(arguments.values())
+    device = values[0].device
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel(*values)
+        return
+    emulation = dispatch._emulation.get()
+    if emulation is None:
+        raise TargetError("a compiled kernel cannot run on CPU tensors; enter nvfp4dsl.emulate(target) first")
+    written = (*outputs, *updates)
+    (launch,) = capture(kernel.object_path, kernel.symbol, values, list(arguments), outputs=written)
+    for name in updates:
+        launch.buffer(name).init = True
+    before = copy.deepcopy(launch)
+    report = emulator.run(kernel.ptx, launch, seed=emulation.seed)
+    emulation.runs.append(dispatch.Run(kernel, before, report))
+    for name in written:
+        arguments[name].view(-1).view(torch.uint8).copy_(torch.from_numpy(launch.buffer(name).data))
