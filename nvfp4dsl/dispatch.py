@@ -22,7 +22,7 @@ from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal
 from nvfp4dsl.config.skinny import CHUNK_K
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
-from nvfp4dsl.errors import LayoutError, OperandError, TargetError, TileError
+from nvfp4dsl.errors import LaunchError, LayoutError, ModeError, OperandError, TargetError, TileError
 from nvfp4dsl.formats import NVFP4Tensor
 from nvfp4dsl.layouts import TMA_ROW_BYTES
 from nvfp4dsl.packing import layout_for
@@ -34,6 +34,11 @@ ARGUMENTS = {
     "nvfp4": ("a", "sfa", "b", "sfb", "alpha_a", "alpha_b", "bias", "c", "max_ctas"),
     "bf16": ("x", "codes", "scales", "alpha", "bias", "y", "max_ctas"),
 }
+
+
+#: how far a kernel may run ahead of the one before it on its stream: (``GemmSpec.pdl``, ``GemmSpec.early_weights``)
+OVERLAPS = {"weights": (True, True), "launch": (True, False), "none": (False, True)}
+DEFAULT_OVERLAP = "weights"
 
 
 @dataclass(frozen=True)
@@ -149,10 +154,25 @@ def choose_tile(spec: GemmSpec, m: int, n: int, target: str, sms: int) -> TileCo
     return (fitting or candidates)[0]
 
 
-@functools.lru_cache(maxsize=256)
-def kernel_for(spec: GemmSpec, tile: TileConfig, target: str) -> jit.CompiledKernel:
-    """The compiled kernel, from this process's memory, the cache on disk, or the compiler."""
-    return jit.compile(spec, tile, target)
+_kernels: dict[tuple[GemmSpec, TileConfig, str], jit.CompiledKernel] = {}
+
+
+def kernel_for(spec: GemmSpec, tile: TileConfig, target: str, shape: str = "this call") -> jit.CompiledKernel:
+    """The compiled kernel, from this process's memory, the cache on disk, or the compiler. ``shape`` is for messages.
+
+    Raises:
+        LaunchError: this process does not have it yet, and the current stream is being captured into a CUDA graph.
+    """
+    kernel = _kernels.get((spec, tile, target))
+    if kernel is None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise LaunchError(
+                f"the kernel for {shape} (tile {tile}, {spec}) is not loaded yet, and a CUDA graph is being captured, "
+                "during which nothing may be compiled or loaded; before the capture call nvfp4dsl.warmup(weights, ms) "
+                "with this M among ms, or the operation itself"
+            )
+        kernel = _kernels[spec, tile, target] = jit.compile(spec, tile, target)
+    return kernel
 
 
 def gemm(
@@ -209,7 +229,9 @@ def gemm_kernel(
         bias=None if bias is None else FLOATS[bias.dtype],
         aligned_rows=n * FLOAT_BYTES[name] % TMA_ROW_BYTES == 0,
     )
-    return kernel_for(spec, tile or choose_tile(spec, a.shape[-2], n, target.name, sm_count(a.device)), target.name)
+    m = a.shape[-2]
+    tile = tile or choose_tile(spec, m, n, target.name, sm_count(a.device))
+    return kernel_for(spec, tile, target.name, f"M {m}, N x K {n} x {b.k}")
 
 
 def check_kernel_operands(a: NVFP4Tensor, b: NVFP4Tensor, out_dtype: torch.dtype, target: Target) -> None:
@@ -235,19 +257,58 @@ def check_layout(name: str, operand: NVFP4Tensor, target: Target, activation: st
         )
 
 
-def skinny(
+def linear_spec(
+    k: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, overlap: str = DEFAULT_OVERLAP
+) -> GemmSpec:
+    """The spec of ``linear`` in mode bf16 (W4A16) with a weight [N, k].
+
+    Raises:
+        ModeError: unknown ``overlap``.
+    """
+    if overlap not in OVERLAPS:
+        raise ModeError(f"overlap is {overlap!r}; it must be {', '.join(map(repr, OVERLAPS))}")
+    pdl, early_weights = OVERLAPS[overlap]
+    return GemmSpec(
+        activation="bf16",
+        out_dtype=FLOATS[out_dtype],
+        bias=None if bias_dtype is None else FLOATS[bias_dtype],
+        aligned_rows=False,
+        whole_chunks=k % CHUNK_K == 0,
+        pdl=pdl,
+        early_weights=early_weights,
+    )
+
+
+def linear_kernel(spec: GemmSpec, m: int, weight: NVFP4Tensor, target: str) -> jit.CompiledKernel:
+    """The kernel that multiplies ``m`` rows by a weight; see :func:`choose_tile` and :func:`kernel_for`."""
+    tile = choose_tile(spec, m, weight.n, target, sm_count(weight.device))
+    return kernel_for(spec, tile, target, f"M {m}, N x K {weight.n} x {weight.k}")
+
+
+def linear_operands(weight: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weight as kernels of mode bf16 take it: codes u8 [L, ...], scales u8 [L, ...], alpha fp32 [L, N]; views, but
+    for the alpha of a weight with ``row_ends``, which is a copy."""
+    batch = weight.batch_shape.numel()
+    codes, scales = (t.view(torch.uint8).view(batch, *t.shape[-3:]) for t in (weight.qdata, weight.scale))
+    return codes, scales, weight.row_scale().reshape(batch, -1)
+
+
+def w4a16(
     x: torch.Tensor,
     weight: NVFP4Tensor,
     bias: torch.Tensor | None,
-    alpha: torch.Tensor,
     target: Target,
     out_dtype: torch.dtype,
+    *,
+    overlap: str = DEFAULT_OVERLAP,
+    factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T * alpha + bias`` (W4A16): x bf16 [L, M, K], weight in fragment order, alpha fp32 [L, N].
+    """``factor * x @ weight.T + bias``: x bf16 [L*M, K], weight [N, K] or L of them, in fragment order -> [L*M, N].
 
     Raises:
         OperandError: x is not bf16.
         LayoutError: the weight is in another layout; the message names ``prepare``.
+        ModeError: unknown ``overlap``.
         TargetError: the target has no kernel for this.
     """
     check_layout("weight", weight, target, "bf16")
@@ -255,23 +316,16 @@ def skinny(
         raise OperandError(
             f"x is {x.dtype}; the W4A16 kernels multiply bfloat16, so cast it, or use activation='nvfp4'"
         )
-    batch, m, _ = x.shape
-    n = weight.shape[-2]
-    out = torch.empty((batch, m, n), dtype=out_dtype, device=x.device)
+    n, rows = weight.shape[-2], x.shape[0]
+    spec = linear_spec(weight.k, out_dtype, None if bias is None else bias.dtype, overlap)
+    out = torch.empty((rows, n), dtype=out_dtype, device=x.device)
     if not out.numel():
         return out
-    spec = GemmSpec(
-        activation="bf16",
-        out_dtype=FLOATS[out_dtype],
-        bias=None if bias is None else FLOATS[bias.dtype],
-        aligned_rows=False,
-        whole_chunks=weight.k % CHUNK_K == 0,
-    )
-    kernel = kernel_for(spec, choose_tile(spec, m, n, target.name, sm_count(x.device)), target.name)
-    if x.stride(-1) != 1 or x.data_ptr() % TMA_ROW_BYTES or any(s % 8 for s in x.stride()[:-1]):
-        x = x.contiguous()
-    codes, scales = (t.view(torch.uint8).view(batch, *t.shape[-3:]) for t in (weight.qdata, weight.scale))
-    run(kernel, (x, codes, scales, alpha, bias, out))
+    kernel = linear_kernel(spec, rows // weight.batch_shape.numel(), weight, target.name)
+    if x.stride(-1) != 1 or x.data_ptr() % TMA_ROW_BYTES or x.stride(0) % (TMA_ROW_BYTES // 2):
+        x = x.clone(memory_format=torch.contiguous_format)
+    codes, scales, alpha = linear_operands(weight)
+    run(kernel, (x, codes, scales, alpha if factor is None else alpha * factor, bias, out))
     return out
 
 

@@ -202,6 +202,10 @@ class NVFP4Tensor:
     def _with(self, **changes: Any) -> NVFP4Tensor:
         return self.unchecked(**{name: changes.get(name, getattr(self, name)) for name in _FIELDS})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the fields alone, not what has been remembered about calls with this tensor."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
     def __repr__(self) -> str:
         ranges = f", row_ends={self.row_ends}" if self.row_ends else ""
         return f"NVFP4Tensor(shape={tuple(self.shape)}, layout={self.layout!r}, device={str(self.device)!r}{ranges})"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4dsl import dispatch, reference
+from nvfp4dsl import dispatch, eager, reference
 from nvfp4dsl.config import TileConfig
-from nvfp4dsl.errors import ModeError
+from nvfp4dsl.dispatch import DEFAULT_OVERLAP
+from nvfp4dsl.errors import ModeError, OperandError
 from nvfp4dsl.formats import NVFP4Tensor
 from nvfp4dsl.packing import prepare
 from nvfp4dsl.targets import Target
@@ -73,6 +74,7 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     activation: str | None = None,
+    overlap: str = DEFAULT_OVERLAP,
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, differentiable in ``x`` (through the dequantized weight, which is frozen) and ``bias``.
 
@@ -82,22 +84,31 @@ def linear(
         bias: [N], added in fp32.
         activation: the numeric mode: ``"bf16"`` leaves x as it is (W4A16, the default), ``"nvfp4"`` quantizes it with a
             global scale of its own (W4A4). Nothing else changes it, on any device or at any M.
+        overlap: how far the kernel may run ahead of the one before it on its stream (programmatic dependent launch).
+            ``"weights"``: it starts, and asks for the weight, before the one before has ended, but never reads x, nor
+            writes, before that. Give ``"launch"`` where a kernel on this stream that may not have ended writes the
+            weight: nothing at all is read before. ``"none"``: a plain launch. The result is the same in all three.
 
     Returns:
         [..., N] in x's dtype; empty if x has no rows.
 
     Raises:
         OperandError: shapes, dtypes or devices do not match.
-        ModeError: unknown activation mode, or the weight asks for a gradient.
+        ModeError: unknown activation mode or overlap, or the weight asks for a gradient.
+        LaunchError: a CUDA graph is being captured, and the kernel is not loaded yet; see :func:`warmup`.
         TargetError: the device has no kernel for the mode.
     """
     mode = activation or "bf16"
+    if mode == "bf16" and (y := eager.linear(x, weight, bias, overlap)) is not None:
+        return y
     reference.check_linear(x, weight, bias, mode)
+    if overlap not in dispatch.OVERLAPS:
+        raise ModeError(f"overlap is {overlap!r}; it must be {', '.join(map(repr, dispatch.OVERLAPS))}")
     if weight.global_scale.requires_grad:
         raise ModeError(
             "the weight asks for a gradient, but an NVFP4 weight is frozen; train x, the bias or an adapter"
         )
-    return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), bias, mode)
+    return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), bias, mode, overlap)
 
 
 def _parts(t: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str, int, int]:
@@ -183,16 +194,22 @@ def _linear(
     row_ends: list[int],
     bias: torch.Tensor | None,
     activation: str,
+    overlap: str,
 ) -> torch.Tensor:
     weight = _tensor(qdata, scale, global_scale, layout, n, k, row_ends)
     target = dispatch.site(x.device)
     if target is None:
         return reference.linear(x, weight, bias, activation)
-    rows = x if weight.batch_shape else x.reshape(-1, x.shape[-1])
+    if weight.batch_shape and weight.batch_shape != x.shape[:-2]:
+        raise OperandError(
+            f"the weight's batch is {list(weight.batch_shape)} and x's {list(x.shape[:-2])}; kernels take equal "
+            "batches, so expand one"
+        )
     if activation == "nvfp4" and "nvfp4" in target.mainloops:
+        rows = x if weight.batch_shape else x.reshape(-1, x.shape[-1])
         y = dispatch.gemm(prepare(reference.quantize(rows), target.name), weight, bias, out_dtype=x.dtype)
     else:
-        y = _linear_w4a16(rows, weight, bias, activation, target, x.dtype)
+        y = _linear_w4a16(x.reshape(-1, x.shape[-1]), weight, bias, activation, target, x.dtype, overlap)
     return y.reshape(*x.shape[:-1], weight.shape[-2])
 
 
@@ -203,23 +220,22 @@ def _linear_w4a16(
     activation: str,
     target: Target,
     out_dtype: torch.dtype,
+    overlap: str,
 ) -> torch.Tensor:
     """Through the kernel that multiplies bf16.
 
     In mode nvfp4, on a chip that has no FP4 MMA, x is quantized all the same: its codes times their block scales are
     exact in bf16, and its global scale goes into alpha.
     """
-    m, k = rows.shape[-2:]
-    batch = rows.shape[:-2].numel()
-    alpha = weight.row_scale().reshape(batch, -1)
+    factor = None
     if activation == "nvfp4":
         quantized = reference.quantize(rows)
-        rows, alpha = reference.scaled_codes(quantized, torch.bfloat16), alpha * quantized.global_scale
-    return dispatch.skinny(rows.reshape(batch, m, k), weight, bias, alpha, target, out_dtype)
+        rows, factor = reference.scaled_codes(quantized, torch.bfloat16), quantized.global_scale
+    return dispatch.w4a16(rows, weight, bias, target, out_dtype, overlap=overlap, factor=factor)
 
 
 @_linear.register_fake
-def _(x, qdata, scale, global_scale, layout, n, k, row_ends, bias, activation):
+def _(x, qdata, scale, global_scale, layout, n, k, row_ends, bias, activation, overlap):
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -227,7 +243,7 @@ _BIAS = 8  # its place among the operator's inputs
 
 
 def _save_for_backward(ctx, inputs, output):
-    _, qdata, scale, global_scale, *ctx.static, _, _ = inputs
+    _, qdata, scale, global_scale, *ctx.static, _, _, _ = inputs
     ctx.save_for_backward(qdata, scale, global_scale)
 
 
@@ -235,7 +251,7 @@ def _linear_backward(ctx, grad):
     weight = _tensor(*ctx.saved_tensors, *ctx.static)
     grad_x = grad @ reference.dequantize(weight, grad.dtype) if ctx.needs_input_grad[0] else None
     grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[_BIAS] else None
-    return grad_x, *[None] * (_BIAS - 1), grad_bias, None
+    return grad_x, *[None] * (_BIAS - 1), grad_bias, None, None
 
 
 _linear.register_autograd(_linear_backward, setup_context=_save_for_backward)

@@ -11,6 +11,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, plan
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
+from nvfp4dsl.kernels.flat import ALIGNED_X, FlatRows
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
 from nvfp4dsl.kernels.skinny import SkinnyGemm
@@ -20,7 +21,7 @@ from nvfp4dsl.targets import get_target
 __all__ = ["Gemm", "build"]
 
 
-def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | SkinnyGemm, tuple]:
+def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | FlatRows, tuple]:
     """The kernel object and the fake arguments that ``cute.compile`` traces it with.
 
     Extents are symbols, so one object serves every M, N, K and batch. Symbols that are shared are checked at each call.
@@ -31,7 +32,7 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | SkinnyG
     """
     planned = plan(spec, tile, target)
     if spec.activation == "bf16":
-        return SkinnyGemm(planned), _skinny_arguments(spec)
+        return FlatRows(SkinnyGemm(planned)), _skinny_arguments(spec)
     mainloop = MAINLOOPS[get_target(target).mainloops[spec.activation][0]]
     return Gemm(planned, mainloop), _fake_arguments(spec)
 
@@ -70,16 +71,16 @@ def _fake_arguments(spec: GemmSpec) -> tuple:
 
 
 def _skinny_arguments(spec: GemmSpec) -> tuple:
-    batch, m, n, k = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
+    batch, rows, n, k = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
     tiles, steps = cute.sym_int(), cute.sym_int()
-    x_strides = (cute.sym_int64(divisibility=8), cute.sym_int64(divisibility=8), 1)
+    x_strides = (cute.sym_int64(divisibility=ALIGNED_X), 1)
     return (
-        make_fake_tensor(FLOAT_TYPES["bf16"], (batch, m, k), x_strides, assumed_align=16),
+        make_fake_tensor(FLOAT_TYPES["bf16"], (rows, k), x_strides, assumed_align=TMA_ROW_BYTES),
         _compact(Uint8, batch, tiles, steps, FRAGMENT_STEP_BYTES),
         _compact(Uint8, batch, tiles, steps, FRAGMENT_SCALE_BYTES),
         _strided("fp32", batch, n),
         _strided(spec.bias, n) if spec.bias else None,
-        _compact(FLOAT_TYPES[spec.out_dtype], batch, m, n, align=FLOAT_BYTES[spec.out_dtype]),
+        _compact(FLOAT_TYPES[spec.out_dtype], rows, n, align=FLOAT_BYTES[spec.out_dtype]),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )

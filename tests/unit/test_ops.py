@@ -140,7 +140,7 @@ def test_operators_pass_opcheck():
     parts = (w.qdata, w.scale.view(torch.uint8), w.global_scale, w.layout, w.n, w.k)
     torch.library.opcheck(torch.ops.nvfp4dsl.mm.default, (*parts, *parts, [], bias, torch.bfloat16))
     for activation in ("bf16", "nvfp4"):
-        args = (x.float().requires_grad_(), *parts, [], bias, activation)
+        args = (x.float().requires_grad_(), *parts, [], bias, activation, "weights")
         torch.library.opcheck(torch.ops.nvfp4dsl.linear.default, args)
 
 
