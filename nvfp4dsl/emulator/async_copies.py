@@ -11,7 +11,7 @@ agents, one whose events are the reads of shared memory, one whose events are th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,8 @@ class Operation:
 
     ``knowledge`` is what happened before its issue; ``event`` numbers it within its agents; ``steps`` are what it still
     has to do, once ``after`` is done. A store's first step reads its source: ``read_done`` from then on. Faults call it
-    ``subject``. ``generic`` says that its accesses go through the generic proxy.
+    ``subject``. ``generic`` says that its accesses go through the generic proxy. ``uses`` are the CTAs whose shared
+    memory a load needs until it is done.
     """
 
     cta: int
@@ -42,6 +43,7 @@ class Operation:
     after: Operation | None = None
     subject: str = "the asynchronous copy"
     generic: bool = False
+    uses: frozenset[int] = frozenset()
 
     @property
     def done(self) -> bool:
@@ -120,19 +122,21 @@ class AsyncCopies:
 
     # --- issue
 
-    def load(self, warp: int, pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
-        """Issue a copy into shared memory; its completion is seen through an mbarrier."""
+    def load(self, warp: int, pc: int, steps: list[Callable[[Operation], None]], uses: Iterable[int] = ()) -> Operation:
+        """Issue a copy into shared memory, the issuing CTA's unless ``uses`` names others; its completion is seen
+        through an mbarrier."""
         cta = warp // self.clocks.warps_per_cta
         knowledge = self.clocks.release(warp)
         agent, event = self.clocks.load_agent(cta, knowledge)
-        return self.begin(Operation(cta, warp, pc, knowledge, agent, agent, event, steps))
+        operation = Operation(cta, warp, pc, knowledge, agent, agent, event, steps, uses=frozenset(uses or (cta,)))
+        return self.begin(operation)
 
     def store(self, warp: int, lanes: list[int], pc: int, steps: list[Callable[[Operation], None]]) -> Operation:
         """Issue a copy out of shared memory by ``lanes`` together; it joins the open bulk group of each."""
         cta = warp // self.clocks.warps_per_cta
         thread = (warp, lanes[0])
         if thread not in self._store_agents:
-            who = f"bulk store of warp {self.clocks.own[warp]}"
+            who = f"bulk store of warp {self.clocks.number[warp]}"
             self._store_agents[thread] = [self.clocks.new_agent(cta, who), self.clocks.new_agent(cta, who), 0]
         agents = self._store_agents[thread]
         agents[2] += 1
@@ -191,8 +195,9 @@ class AsyncCopies:
 
     def cta_ends(self, cta: int) -> None:
         """No load may be in flight when its CTA ends."""
-        late = [o for o in self.in_flight if o.cta == cta and o.is_load]
+        late = [o for o in self.in_flight if cta in o.uses]
         if late:
             raise UnfinishedBulk(
-                f"the CTA ends with {len(late)} asynchronous loads in flight into its shared memory", warp=late[0].warp
+                f"the CTA ends with {len(late)} asynchronous loads in flight that use its shared memory",
+                warp=late[0].warp,
             )

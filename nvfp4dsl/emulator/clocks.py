@@ -1,8 +1,11 @@
-"""Happens-before, as vector clocks: who is ordered after whom within one CTA.
+"""Happens-before, as vector clocks: who is ordered after whom within one cluster of CTAs.
 
 An *agent* is a warp, the stream of bulk stores of one thread (twice: its reads of shared memory, its writes of global
 memory), an asynchronous load in flight, or the ``wgmma`` operations of a warpgroup. Lanes of one warp are one agent: an
-unordered exchange between them is not found. CTAs share nothing that orders them.
+unordered exchange between them is not found. Clusters share nothing that orders them. Scopes are not told apart.
+
+Two kinds of agents stand for facts that travel even with relaxed arrivals: that a CTA has started (event 1), and the
+``fence.mbarrier_init`` of a warp.
 
 ``happened[w, a]`` is the newest event of agent ``a`` that happened before what warp ``w`` does next; ``fenced[w, a]``
 the newest that is, besides, visible to the asynchronous proxy because a proxy fence lies on the way. A release copies
@@ -62,27 +65,59 @@ def _maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Clocks:
-    """The clock matrices of all resident warps. Agents are numbered per CTA; agent ``i < warps_per_cta`` is warp i."""
+    """The clock matrices of all resident warps, whole clusters of ``cluster`` CTAs each.
 
-    def __init__(self, ctas: int, warps_per_cta: int) -> None:
+    Agents are numbered per cluster: first its warps, CTA by CTA (``warp_agents`` of them, ``own`` gives each warp's),
+    then their ``fence.mbarrier_init``, then the starts of its CTAs, then whatever else appears.
+    """
+
+    def __init__(self, ctas: int, warps_per_cta: int, cluster: int = 1) -> None:
         warps = ctas * warps_per_cta
-        self.warps_per_cta = warps_per_cta
-        capacity = warps_per_cta + 32
+        self.warps_per_cta, self.cluster = warps_per_cta, cluster
+        self.warp_agents = warps_per_cta * cluster
+        capacity = 2 * self.warp_agents + cluster + 32
         self.happened = np.zeros((warps, capacity), np.int64)
         self.fenced = np.zeros((warps, capacity), np.int64)
-        self.own = np.arange(warps) % warps_per_cta
+        self.own = np.arange(warps) % self.warp_agents
+        self.number = np.arange(warps) % warps_per_cta
+        """A warp's number within its CTA."""
         self.happened[np.arange(warps), self.own] = 1
-        self.names = [[f"warp {i}" for i in range(warps_per_cta)] for _ in range(ctas)]
-        self._idle: list[dict[int, int]] = [{} for _ in range(ctas)]
+        self.happened[np.arange(warps), self.start_of(np.arange(warps) // warps_per_cta)] = 1
+        self._ordered: dict[int, Knowledge] = {}  # what each warp's last memory fence found ordered before it
+        names = [f"warp {i}{self._rank_name(rank)}" for rank in range(cluster) for i in range(warps_per_cta)]
+        names += [f"fence.mbarrier_init of {name}" for name in names] + [f"CTA rank {rank}" for rank in range(cluster)]
+        self._names = [list(names) for _ in range(ctas // cluster)]
+        self._idle: list[dict[int, int]] = [{} for _ in range(ctas // cluster)]
 
     @property
     def capacity(self) -> int:
         return self.happened.shape[1]
 
+    @property
+    def group(self) -> str:
+        """What shares these clocks, for messages."""
+        return "CTA" if self.cluster == 1 else "cluster"
+
+    def start_of(self, cta):
+        """The agent that stands for a CTA's start; also of an array of CTAs."""
+        return 2 * self.warp_agents + cta % self.cluster
+
+    def name(self, cta: int, agent: int) -> str:
+        """An agent of a CTA's cluster, for messages."""
+        return self._names[cta // self.cluster][agent]
+
+    def _rank_name(self, rank: int) -> str:
+        return f" of CTA rank {rank}" if self.cluster > 1 else ""
+
+    def place(self, cta: int, address: int) -> str:
+        """A shared address, for messages: with the CTA's rank where there are several."""
+        return f"shared address {address:#x}{self._rank_name(cta % self.cluster)}"
+
     def new_agent(self, cta: int, name: str) -> int:
         """A number for a new agent of a CTA."""
-        self.names[cta].append(name)
-        agent = len(self.names[cta]) - 1
+        names = self._names[cta // self.cluster]
+        names.append(name + self._rank_name(cta % self.cluster))
+        agent = len(names) - 1
         if agent >= self.capacity:
             self.happened = np.pad(self.happened, ((0, 0), (0, self.capacity)))
             self.fenced = np.pad(self.fenced, ((0, 0), (0, self.fenced.shape[1])))
@@ -90,12 +125,13 @@ class Clocks:
 
     def load_agent(self, cta: int, knowledge: Knowledge) -> tuple[int, int]:
         """(agent, event) for a load: the agent of an earlier load that happened before, or else a new one."""
-        for agent, event in self._idle[cta].items():
+        idle = self._idle[cta // self.cluster]
+        for agent, event in idle.items():
             if knowledge.knows(agent, event):
                 break
         else:
             agent, event = self.new_agent(cta, "asynchronous load"), 0
-        self._idle[cta][agent] = event + 1
+        idle[agent] = event + 1
         return agent, event + 1
 
     def event(self, warps: np.ndarray) -> np.ndarray:
@@ -107,6 +143,25 @@ class Clocks:
         knowledge = Knowledge(self.happened[warp].copy(), self.fenced[warp].copy())
         self.happened[warp, self.own[warp]] += 1
         return knowledge
+
+    def order(self, warp: int) -> None:
+        """A memory fence: a later relaxed arrival releases what is ordered before this point."""
+        self._ordered[warp] = self.release(warp)
+
+    def relaxed(self, warp: int) -> Knowledge:
+        """What a relaxed arrival carries: starts and barrier-init fences, and what a memory fence found ordered."""
+        knowledge = Knowledge.nothing(self.capacity)
+        facts = slice(self.warp_agents, 2 * self.warp_agents + self.cluster)
+        knowledge.happened[facts] = self.happened[warp, facts]
+        if warp in self._ordered:
+            knowledge.join(self._ordered[warp])
+        return knowledge
+
+    def publish(self, warp: int) -> tuple[int, int]:
+        """``fence.mbarrier_init``: (agent, event) that stand for it."""
+        agent = self.warp_agents + int(self.own[warp])
+        self.happened[warp, agent] += 1
+        return agent, int(self.happened[warp, agent])
 
     def acquire(self, warp: int, knowledge: Knowledge) -> None:
         """Order ``knowledge`` before what the warp does next."""

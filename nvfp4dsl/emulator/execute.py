@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from nvfp4dsl.emulator.clusters import MAX_RANKS
 from nvfp4dsl.emulator.faults import Fault, LaunchMismatch, UnwrittenRegister, WrongResult
-from nvfp4dsl.emulator.launch import Launch
+from nvfp4dsl.emulator.launch import Dim3, Launch
 from nvfp4dsl.emulator.machine import Machine
 from nvfp4dsl.emulator.memory import GlobalMemory
 from nvfp4dsl.emulator.ptx import parse
@@ -20,7 +23,10 @@ from nvfp4dsl.emulator.report import Report
 from nvfp4dsl.emulator.syntax import Instruction, Kernel, Register
 
 RESIDENT_CTAS = 16
-"""CTAs emulated at a time; more would only cost memory, as CTAs do not order each other."""
+"""CTAs emulated at a time, if clusters are no larger; more would only cost memory, as clusters do not order each
+other."""
+PORTABLE_CLUSTER = 8
+"""CTAs of a cluster that every target allows; more need the attribute ``non_portable_cluster``."""
 
 
 def run(
@@ -54,11 +60,13 @@ def run(
     _check_registers(kernel, report, tolerate)
     memory = GlobalMemory(launch.buffers)
     rng = np.random.default_rng(seed)
-    x, y, z = launch.grid
-    ctas = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    launch = replace(launch, cluster=_cluster_of(kernel, launch))
+    ctas = _cluster_by_cluster(launch.grid, launch.cluster)
+    size = math.prod(launch.cluster)
+    resident = max(1, RESIDENT_CTAS // size) * size
     with _one_torch_thread():
-        for first in range(0, len(ctas), RESIDENT_CTAS):
-            wave = ctas[first : first + RESIDENT_CTAS]
+        for first in range(0, len(ctas), resident):
+            wave = ctas[first : first + resident]
             Machine(kernel, launch, wave, first, memory, rng, report, tolerate).run(max_steps, progress)
     report.seconds = time.perf_counter() - started
     _check_result(launch)
@@ -83,9 +91,32 @@ def _find_kernel(kernels: dict[str, Kernel], launch: Launch) -> Kernel:
     required = kernel.directives.get("reqntid")
     if required and tuple(launch.block) != tuple(required) + (1,) * (3 - len(required)):
         raise LaunchMismatch(f"the kernel requires {required} threads (.reqntid), the launch has {launch.block}")
-    if tuple(launch.cluster) not in ((1, 1, 1), (0, 0, 0)):
-        raise LaunchMismatch(f"clusters are not emulated; the launch has {launch.cluster}")
     return kernel
+
+
+def _cluster_of(kernel: Kernel, launch: Launch) -> Dim3:
+    """The extents of a cluster: the launch's, or where it names none those that the kernel requires."""
+    x, y, z = (max(1, n) for n in launch.cluster)
+    cluster = x, y, z
+    if extents := kernel.directives.get("reqnctapercluster"):
+        x, y, z = (*extents, 1, 1)[:3]
+        required = x, y, z
+        if cluster not in (required, (1, 1, 1)):
+            raise LaunchMismatch(f"the kernel requires clusters of {required}, the launch has {cluster}")
+        cluster = required
+    if any(n % c for n, c in zip(launch.grid, cluster, strict=True)):
+        raise LaunchMismatch(f"the grid {launch.grid} is not a multiple of the cluster {cluster}")
+    most = MAX_RANKS if launch.attributes.get("non_portable_cluster") else PORTABLE_CLUSTER
+    if math.prod(cluster) > most:
+        raise LaunchMismatch(f"a cluster of {cluster} has more than {most} CTAs")
+    return cluster
+
+
+def _cluster_by_cluster(grid: Dim3, cluster: Dim3) -> list[Dim3]:
+    """The coordinates of all CTAs, those of one cluster next to each other in the order of their ranks."""
+    corners = itertools.product(*(range(0, n, c) for n, c in zip(reversed(grid), reversed(cluster), strict=True)))
+    ranks = list(itertools.product(*map(range, reversed(cluster))))
+    return [(x + i, y + j, z + k) for z, y, x in corners for k, j, i in ranks]
 
 
 def _check_result(launch: Launch) -> None:

@@ -128,6 +128,10 @@ class UnorderedLanes(Fault):
     """One lane releases for its warp, but other lanes accessed shared memory with no ``bar.warp.sync`` since."""
 
 
+class AbsentPeer(Fault):
+    """A CTA's shared memory is used by another of its cluster that does not know it to have started and not exited."""
+
+
 class MissingProxyFence(Fault):
     """Generic and asynchronous accesses are ordered, but no proxy fence lies between them."""
 
@@ -149,6 +153,10 @@ class LostPhase(Fault):
 
 class BarrierMismatch(Fault):
     """The participants of a ``bar`` disagree on the thread count, or exceed it."""
+
+
+class ClusterMisuse(Fault):
+    """A ``barrier.cluster`` instruction out of turn, or an address or mask that names no CTA of the cluster."""
 
 
 class Deadlock(Fault):

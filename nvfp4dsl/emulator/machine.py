@@ -1,4 +1,4 @@
-"""The machine: a wave of resident CTAs, and the scheduler that runs their warps.
+"""The machine: a wave of resident CTAs, whole clusters of them, and the scheduler that runs their warps.
 
 Warps of all resident CTAs that stand at one instruction execute it together. Which of them run next, for how long, and
 when asynchronous copies take effect is drawn from a seed: the order is adversarial, not fair. Copies are late: most
@@ -16,6 +16,7 @@ import numpy as np
 from nvfp4dsl.emulator import isa
 from nvfp4dsl.emulator.async_copies import AsyncCopies
 from nvfp4dsl.emulator.clocks import Clocks
+from nvfp4dsl.emulator.clusters import ClusterBarriers
 from nvfp4dsl.emulator.faults import (
     Deadlock,
     DivergentSync,
@@ -85,14 +86,16 @@ class Machine:
         self.elect_from = int(rng.integers(LANES))
         self.eagerness = float(rng.choice([0.0, 0.02, 0.2]))
 
-        self.clocks = Clocks(len(ctas), self.warps_per_cta)
+        self.clocks = Clocks(len(ctas), self.warps_per_cta, int(np.prod(launch.cluster)))
         self.params = ParamMemory(kernel, launch)
         symbols, static_bytes = symbols_of(kernel, self.params)
         self.shared = SharedMemory(self.clocks, len(ctas), static_bytes + launch.smem_bytes, self._line)
         self.mbarriers = Mbarriers(self.clocks, self.shared, self.note_change)
         self.copies = AsyncCopies(self.clocks, self.note_change)
         self.bars = NamedBarriers(self.clocks, threads)
-        self.registers = RegisterFile(kernel, self.warp_count, symbols, special_registers(launch, ctas, first_cta))
+        self.cluster_barriers = ClusterBarriers(self.clocks, self.warp_count, self.note_change)
+        specials = special_registers(kernel, launch, ctas, first_cta, symbols)
+        self.registers = RegisterFile(kernel, self.warp_count, symbols, specials)
         self.tensor = TensorCore(self.registers)
         self.warps = WarpTable(self.warp_count, threads - (self.warps_per_cta - 1) * LANES, self.warps_per_cta)
         self.warpgroups = Warpgroups(self, kernel.instructions)
@@ -260,13 +263,13 @@ class Machine:
             cta = self.ctas[self.cta_of(wait.warp)]
             instruction = self.kernel.instructions[min(wait.pc, len(self.kernel.instructions) - 1)]
             lines.append(
-                f"CTA {cta} warp {self.clocks.own[wait.warp]} waits for {wait.describe()} "
+                f"CTA {cta} warp {self.clocks.number[wait.warp]} waits for {wait.describe()} "
                 f"near PTX line {instruction.line}"
             )
         unbalanced = [b for w in self.waits for b in w.barriers if b.bytes and b.pending == 0]
         kind = TransactionMismatch if unbalanced else Deadlock
         reason = f"{unbalanced[0]} can never complete; " if unbalanced else ""
-        exited = [int(self.clocks.own[w]) for w in np.flatnonzero((self.warps.state == EXITED).all(axis=1))]
+        exited = [int(self.clocks.number[w]) for w in np.flatnonzero((self.warps.state == EXITED).all(axis=1))]
         note = f" (exited warps: {sorted(set(exited))})" if exited else ""
         parked = np.flatnonzero((self.warps.state == PARKED).any(axis=1)).size
         note += f" ({parked} warps hold lanes at a warp-synchronous instruction)" if parked else ""
@@ -290,6 +293,8 @@ class Machine:
             except Fault as fault:
                 self.tolerated(fault, group.pc)
         self.warps.set_state(group, group.mask, EXITED)
+        for warp in group.warps[(self.warps.state[group.warps] == EXITED).all(axis=1)]:
+            self.cluster_barriers.exits(int(warp))
         self.note_change()
         for cta in {self.cta_of(w) for w in group.warps}:
             first = cta * self.warps_per_cta
@@ -299,6 +304,7 @@ class Machine:
     def _end_cta(self, cta: int) -> None:
         self.copies.cta_ends(cta)
         self.mbarriers.finish(cta)
+        self.shared.residency.leave(cta)
         first = cta * self.warps_per_cta
         requests = [self.register_requests.get(first + w, []) for w in range(self.warps_per_cta)]
         for start in range(0, self.warps_per_cta, 4):
@@ -326,4 +332,4 @@ class Machine:
     def _locate(self, fault: Fault, instruction: Instruction | None) -> None:
         warp = fault.warp
         cta = None if warp is None else self.ctas[self.cta_of(warp)]
-        fault.locate(instruction, cta, None if warp is None else int(self.clocks.own[warp]))
+        fault.locate(instruction, cta, None if warp is None else int(self.clocks.number[warp]))

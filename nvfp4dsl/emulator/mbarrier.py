@@ -15,10 +15,13 @@ import numpy as np
 
 from nvfp4dsl.emulator.clocks import Clocks, Knowledge
 from nvfp4dsl.emulator.faults import BarrierMisuse, DataRace, LostPhase, MissingProxyFence, TransactionMismatch
-from nvfp4dsl.emulator.memory import SharedMemory
+from nvfp4dsl.emulator.memory import RANK_SHIFT, SharedMemory
 
 MAX_COUNT = (1 << 20) - 1
 """Largest arrival count and transaction count of an mbarrier (PTX ISA)."""
+
+Place = tuple[int, int]
+"""Where a barrier is: the CTA, and the offset in its shared memory."""
 
 
 class Mbarrier:
@@ -50,92 +53,92 @@ class Mbarriers:
 
     def __init__(self, clocks: Clocks, shared: SharedMemory, on_change: Callable[[], None]) -> None:
         self.clocks, self.shared, self.on_change = clocks, shared, on_change
-        self.table: dict[tuple[int, int], Mbarrier] = {}
-        self.failed: dict[tuple[int, int, int], int] = {}  # (warp, address, parity) -> phase at its first failed test
-
-    def _cta(self, warp: int) -> int:
-        return warp // self.clocks.warps_per_cta
+        self.table: dict[Place, Mbarrier] = {}
+        self.failed: dict[tuple[int, Place, int], int] = {}  # (warp, place, parity) -> phase at its first failed test
 
     # --- life
 
-    def init(self, warp: int, address: int, count: int, pc: int) -> None:
-        cta = self._cta(warp)
+    def init(self, warp: int, place: Place, count: int, pc: int) -> None:
+        cta, address = place
         if (cta, address) in self.table:
             raise BarrierMisuse(f"{self.table[cta, address]} is initialised again without mbarrier.inval", warp=warp)
         if not 1 <= count <= MAX_COUNT:
             raise BarrierMisuse(f"mbarrier {address:#x}: count {count} is outside 1..{MAX_COUNT}", warp=warp)
         zeros = np.zeros((1, 8), np.uint8)
-        self.shared.store(np.array([address], np.uint64), zeros, np.array([warp]), pc)
+        rank = cta % self.clocks.cluster
+        self.shared.store(np.array([rank << RANK_SHIFT | address], np.uint64), zeros, np.array([warp]), pc)
         author = int(self.clocks.own[warp]), int(self.clocks.event(np.array([warp]))[0])
         self.table[cta, address] = Mbarrier(cta, address, count, author, self.clocks.capacity)
-        self._mark(cta, address, True)
+        self._mark(place, True)
 
-    def invalidate(self, warp: int, address: int) -> None:
-        self.of_warp(warp, address)
-        del self.table[self._cta(warp), address]
-        self._mark(self._cta(warp), address, False)
+    def invalidate(self, warp: int, place: Place) -> None:
+        self.of_warp(warp, place)
+        del self.table[place]
+        self._mark(place, False)
 
-    def _mark(self, cta: int, address: int, live: bool) -> None:
+    def _mark(self, place: Place, live: bool) -> None:
+        cta, address = place
         at = cta * self.shared.span + address
         self.shared.barrier_bytes[at : at + 8] = live
 
     def publish(self, warp: int) -> None:
         """``fence.mbarrier_init``: what this warp knows to be initialised is ready for the asynchronous proxy."""
-        fence = int(self.clocks.own[warp]), int(self.clocks.event(np.array([warp]))[0])
+        fence = self.clocks.publish(warp)
         for barrier in self.table.values():
             agent, event = barrier.author
-            if barrier.cta == self._cta(warp) and self.clocks.happened[warp, agent] >= event:
+            if barrier.cta == warp // self.clocks.warps_per_cta and self.clocks.happened[warp, agent] >= event:
                 barrier.published.append(fence)
-        self.clocks.release(warp)  # what follows is after the fence
 
     # --- lookup, with the order of initialisation checked
 
-    def of_warp(self, warp: int, address: int) -> Mbarrier:
-        barrier = self._find(self._cta(warp), address, warp)
+    def of_warp(self, warp: int, place: Place) -> Mbarrier:
+        barrier = self._find(place, warp)
         agent, event = barrier.author
-        if self.clocks.happened[warp, agent] < event:
+        happened = self.clocks.happened[warp]
+        if happened[agent] < event and not any(happened[a] >= e for a, e in barrier.published):
             raise DataRace(
-                f"mbarrier {address:#x} is used, but nothing orders its initialisation by warp {agent} before",
+                f"mbarrier {place[1]:#x} is used, but nothing orders its initialisation by "
+                f"{self.clocks.name(place[0], agent)} before",
                 warp=warp,
             )
         return barrier
 
-    def of_copy(self, operation, address: int) -> Mbarrier:
-        barrier = self._find(operation.cta, address, operation.warp)
+    def of_copy(self, operation, place: Place) -> Mbarrier:
+        barrier = self._find(place, operation.warp)
         knowledge = operation.knowledge
-        if not knowledge.knows(*barrier.author):
+        published = any(knowledge.knows(*p) for p in barrier.published)
+        if not published and not knowledge.knows(*barrier.author):
             raise DataRace(
-                f"mbarrier {address:#x} is used by an asynchronous copy, but nothing orders its initialisation by warp "
-                f"{barrier.author[0]} before",
+                f"mbarrier {place[1]:#x} is used by an asynchronous copy, but nothing orders its initialisation by "
+                f"{self.clocks.name(place[0], barrier.author[0])} before",
                 warp=operation.warp,
             )
-        fenced = knowledge.fenced[barrier.author[0]] >= barrier.author[1]
-        if not fenced and not any(knowledge.knows(*p) for p in barrier.published):
+        fenced = operation.generic or knowledge.fenced[barrier.author[0]] >= barrier.author[1]
+        if not fenced and not published:
             raise MissingProxyFence(
-                f"mbarrier {address:#x} is used by an asynchronous copy; neither fence.mbarrier_init nor "
+                f"mbarrier {place[1]:#x} is used by an asynchronous copy; neither fence.mbarrier_init nor "
                 "fence.proxy.async lies between its initialisation and the copy",
                 warp=operation.warp,
             )
         return barrier
 
-    def _find(self, cta: int, address: int, warp: int) -> Mbarrier:
-        barrier = self.table.get((cta, address))
+    def _find(self, place: Place, warp: int) -> Mbarrier:
+        barrier = self.table.get(place)
         if barrier is None:
-            known = ", ".join(f"{a:#x}" for c, a in sorted(self.table) if c == cta) or "none"
+            known = ", ".join(f"{a:#x}" for c, a in sorted(self.table) if c == place[0]) or "none"
             raise BarrierMisuse(
-                f"no mbarrier is initialised at shared address {address:#x} (initialised: {known})", warp=warp
+                f"no mbarrier is initialised at {self.clocks.place(*place)} (initialised: {known})", warp=warp
             )
         return barrier
 
     # --- arrivals and bytes
 
-    def arrive(self, warp: int, address: int, count: int, release: bool = True, drop: bool = False) -> int:
+    def arrive(self, warp: int, place: Place, count: int, release: bool = True, drop: bool = False) -> int:
         """Arrive ``count`` times; returns the state token, which is the phase arrived in."""
-        barrier = self.of_warp(warp, address)
+        barrier = self.of_warp(warp, place)
         if count > barrier.pending:
             raise BarrierMisuse(f"{count} arrivals at {barrier}: that is too many", warp=warp)
-        if release:
-            barrier.gathering.join(self.clocks.release(warp))
+        barrier.gathering.join(self.clocks.release(warp) if release else self.clocks.relaxed(warp))
         token = barrier.phase
         barrier.pending -= count
         if drop:
@@ -143,14 +146,14 @@ class Mbarriers:
         self._settle(barrier)
         return token
 
-    def expect(self, warp: int, address: int, count: int) -> None:
+    def expect(self, warp: int, place: Place, count: int) -> None:
         """``expect_tx``: raise the bytes that the current phase awaits."""
-        barrier = self.of_warp(warp, address)
+        barrier = self.of_warp(warp, place)
         self._add_bytes(barrier, count, warp)
 
-    def complete(self, operation, address: int, count: int) -> None:
+    def complete(self, operation, place: Place, count: int) -> None:
         """``complete_tx`` by an asynchronous copy, whose completion is released with it."""
-        barrier = self.of_copy(operation, address)
+        barrier = self.of_copy(operation, place)
         done = Knowledge(operation.knowledge.happened.copy(), operation.knowledge.fenced.copy())
         agent = operation.write_agent
         if agent >= done.happened.size:
@@ -174,10 +177,10 @@ class Mbarriers:
 
     # --- waiting
 
-    def test(self, warp: int, address: int, parity: int, acquire: bool = True) -> bool:
+    def test(self, warp: int, place: Place, parity: int, acquire: bool = True) -> bool:
         """Whether the phase of that parity is complete; if so, order it before the warp's next steps."""
-        barrier = self.of_warp(warp, address)
-        key = (warp, address, parity)
+        barrier = self.of_warp(warp, place)
+        key = (warp, place, parity)
         first = self.failed.get(key)
         if first is not None and barrier.phase >= first + 2:
             raise LostPhase(

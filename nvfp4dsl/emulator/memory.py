@@ -2,7 +2,9 @@
 
 Addresses are integers. Global addresses are those of the launch; whatever lies between its buffers is a guard gap.
 A CTA's shared memory begins at :data:`SHARED_BASE` of the shared space, as on the hardware, which keeps the first KiB
-to itself. In generic space shared memory and parameters have windows of their own, far above every buffer.
+to itself. In a cluster, bits 24.. of a shared address are the rank of the CTA that it belongs to, also in the address
+of a CTA's own variables: again as on the hardware. In generic space shared memory and parameters have windows of their
+own, far above every buffer.
 
 Each access names its warps, so that the history (:mod:`~nvfp4dsl.emulator.races`) knows who did it.
 """
@@ -14,8 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nvfp4dsl.emulator.clocks import PC_BITS, Clocks
+from nvfp4dsl.emulator.clusters import Residency
 from nvfp4dsl.emulator.faults import (
     BarrierMisuse,
+    ClusterMisuse,
     DataRace,
     LaunchMismatch,
     Misaligned,
@@ -32,7 +36,9 @@ if TYPE_CHECKING:
 SHARED_BASE = 1024
 SHARED_WINDOW = 1 << 56
 PARAM_WINDOW = 1 << 57
-WINDOW_SIZE = 1 << 24
+WINDOW_SIZE = 1 << 32
+RANK_SHIFT = 24
+"""A shared address is the rank of its CTA above this bit, and the offset in the CTA's shared memory below."""
 
 
 def require_aligned(addresses: np.ndarray, size: int, warps: np.ndarray, space: str) -> None:
@@ -53,14 +59,45 @@ class SharedMemory:
 
     def __init__(self, clocks: Clocks, ctas: int, size: int, line_of) -> None:
         self.clocks = clocks
+        self.residency = Residency(clocks, ctas, line_of)
         self.span = SHARED_BASE + size
         self.data = np.zeros(ctas * self.span, np.uint8)
         self.barrier_bytes = np.zeros(ctas * self.span, bool)
         self.shadow = Shadow(clocks, ctas, self.span, line_of)
 
-    def flat(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> np.ndarray:
+    def resolve(self, addresses: np.ndarray, warps: np.ndarray, peers: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(CTA, offset) of shared addresses: of the warps' own CTA only, or with ``peers`` of the whole cluster."""
+        cluster = self.clocks.cluster
+        own = warps // self.clocks.warps_per_cta
+        rank = (addresses >> np.uint64(RANK_SHIFT)).astype(np.int64)
+        wrong = rank >= cluster if peers else rank != own % cluster
+        if wrong.any():
+            self._refuse_rank(int(addresses[np.argmax(wrong)]), int(warps[np.argmax(wrong)]))
+        return own // cluster * cluster + rank, (addresses & np.uint64((1 << RANK_SHIFT) - 1)).astype(np.int64)
+
+    def place(self, address: int, warp: int, peers: bool = False) -> tuple[int, int]:
+        """:meth:`resolve` for one address."""
+        cluster, own, rank = self.clocks.cluster, warp // self.clocks.warps_per_cta, address >> RANK_SHIFT
+        if rank >= cluster if peers else rank != own % cluster:
+            self._refuse_rank(address, warp)
+        return own // cluster * cluster + rank, address & (1 << RANK_SHIFT) - 1
+
+    def _refuse_rank(self, address: int, warp: int) -> None:
+        cluster, rank = self.clocks.cluster, address >> RANK_SHIFT
+        if cluster == 1:
+            raise OutOfBounds(
+                f"shared address {address:#x} is outside the CTA's shared memory [{SHARED_BASE:#x}, {self.span:#x})",
+                warp=warp,
+            )
+        owner = f"shared address {address:#x} belongs to CTA rank {rank}"
+        if rank >= cluster:
+            raise ClusterMisuse(f"{owner}, but the cluster has {cluster} CTAs", warp=warp)
+        raise OutOfBounds(f"{owner}; this instruction reaches only its own CTA's, not shared::cluster", warp=warp)
+
+    def flat(self, addresses: np.ndarray, size: int, warps: np.ndarray, peers: bool = False) -> np.ndarray:
         """Indices [accesses, size]; checks bounds."""
-        outside = (addresses < SHARED_BASE) | (addresses + np.uint64(size) > self.span)
+        cta, offset = self.resolve(addresses, warps, peers)
+        outside = (offset < SHARED_BASE) | (offset + size > self.span)
         if outside.any():
             first = int(np.argmax(outside))
             raise OutOfBounds(
@@ -68,19 +105,29 @@ class SharedMemory:
                 f"[{SHARED_BASE:#x}, {self.span:#x})",
                 warp=int(warps[first]),
             )
-        start = addresses.astype(np.int64) + (warps // self.clocks.warps_per_cta) * self.span
-        return start[:, None] + np.arange(size)
+        return (offset + cta * self.span)[:, None] + np.arange(size)
 
-    def load(self, addresses: np.ndarray, size: int, warps: np.ndarray, pc: int) -> np.ndarray:
+    def visit(self, cta: np.ndarray, warps: np.ndarray, pc: int) -> None:
+        """Warps touch the shared memory of ``cta``; :class:`AbsentPeer` where it is another's that may not be there."""
+        foreign = cta != warps // self.clocks.warps_per_cta
+        for warp, target in set(zip(warps[foreign].tolist(), cta[foreign].tolist(), strict=True)):
+            self.residency.visit_by_warp(target, warp, pc)
+
+    def load(self, addresses: np.ndarray, size: int, warps: np.ndarray, pc: int, peers: bool = False) -> np.ndarray:
         """uint8 [accesses, size]."""
         require_aligned(addresses, size, warps, "shared")
-        flat = self.flat(addresses, size, warps)
+        flat = self.flat(addresses, size, warps, peers)
+        if peers:
+            self.visit(flat[:, 0] // self.span, warps, pc)
         self.shadow.warp_read(flat, warps, pc)
         return self.data[flat]
 
-    def store(self, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray, pc: int) -> None:
+    def store(self, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray, pc: int, peers: bool = False) -> None:
+        """Store uint8 [accesses, size]."""
         require_aligned(addresses, values.shape[1], warps, "shared")
-        flat = self.flat(addresses, values.shape[1], warps)
+        flat = self.flat(addresses, values.shape[1], warps, peers)
+        if peers:
+            self.visit(flat[:, 0] // self.span, warps, pc)
         self.refuse_barriers(flat)
         self.shadow.warp_write(flat, warps, pc)
         self.data[flat] = values
@@ -88,9 +135,10 @@ class SharedMemory:
         if clash.any():
             raise _lanes_clash("shared", int(flat[clash][0]) % self.span, int(warps[np.argmax(clash.any(axis=1))]))
 
-    def exchange(self, address: np.ndarray, dtype: np.dtype, warp: np.ndarray, function) -> np.ndarray:
-        """An atomic by one lane: replace the value by ``function`` of it; the old one, [1]. Takes part in no race."""
-        flat = self.flat(address, dtype.itemsize, warp)
+    def exchange(self, flat: np.ndarray, dtype: np.dtype, warp: np.ndarray, function) -> np.ndarray:
+        """An atomic by one lane: replace the value at ``flat`` [1, size] by ``function`` of it; the old one, [1].
+
+        Takes part in no race."""
         self.refuse_barriers(flat)
         self.shadow.require_initialised(flat, warp)
         old = self.data[flat].view(dtype)[0]
@@ -112,7 +160,7 @@ class GlobalMemory:
         self.starts = np.array([b.address for b in self.buffers], np.uint64)
         self.ends = np.array([b.address + b.data.size for b in self.buffers], np.uint64)
         self.init = [None if b.init else np.zeros(b.data.size, bool) for b in self.buffers]
-        self.history: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # buffer -> (agent + 1, event << 20 | cta)
+        self.history: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # buffer -> (agent + 1, event << 20 | cluster)
 
     def locate(self, addresses: np.ndarray, size: int, warps: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(buffer, offset) of each access, which must lie wholly inside one buffer."""
@@ -201,14 +249,14 @@ class GlobalMemory:
         if not agents.any():
             return
         known = author.known(np.maximum(agents, 1) - 1)
-        same_cta = (stamps & ((1 << PC_BITS) - 1)) == author.cta[:, None]
+        same = (stamps & ((1 << PC_BITS) - 1)) == author.cluster[:, None]
         own = (agents - 1 == author.agent[:, None]) & (stamps == author.stamp[:, None])
-        unordered = (agents != 0) & ~own & ~(same_cta & (stamps >> PC_BITS <= known))
+        unordered = (agents != 0) & ~own & ~(same & (stamps >> PC_BITS <= known))
         if unordered.any():
             first = np.unravel_index(np.argmax(unordered), unordered.shape)
             raise DataRace(
                 f"{author.name} {verb} byte {int(at[first])} of buffer {self.buffers[buffer].name}, which another "
-                f"agent of {'the same' if same_cta[first] else 'another'} CTA wrote; nothing orders the two"
+                f"agent of {'the same' if same[first] else 'another'} {author.group} wrote; nothing orders the two"
             )
 
     def _record(self, buffer: int, at: np.ndarray, author: Author) -> None:
@@ -221,15 +269,19 @@ class GlobalMemory:
 
 
 class Author:
-    """Who makes a set of global accesses: per access its agent, event and CTA, and what it knows of other agents."""
+    """Who makes a set of global accesses: per access its agent, event and cluster, and what it knows of other agents.
 
-    def __init__(self, name: str, agent: np.ndarray, event: np.ndarray, cta: np.ndarray, known) -> None:
-        self.name, self.agent, self.event, self.cta, self._known = name, agent, event, cta, known
-        self.stamp = event << PC_BITS | cta
+    ``group`` is what the cluster is called in messages: "CTA" if it is of one.
+    """
+
+    def __init__(self, name: str, agent: np.ndarray, event: np.ndarray, cluster: np.ndarray, known, group: str) -> None:
+        self.name, self.agent, self.event, self.cluster, self._known = name, agent, event, cluster, known
+        self.group = group
+        self.stamp = event << PC_BITS | cluster
         self._rows = np.arange(agent.size)
 
     def rows(self, rows: np.ndarray) -> Author:
-        part = Author(self.name, self.agent[rows], self.event[rows], self.cta[rows], self._known)
+        part = Author(self.name, self.agent[rows], self.event[rows], self.cluster[rows], self._known, self.group)
         part._rows = self._rows[rows]
         return part
 
@@ -241,8 +293,8 @@ class Author:
     def of_warps(cls, clocks: Clocks, warps: np.ndarray, first_cta: int) -> Author:
         """Generic accesses, one a row."""
         known = lambda rows, agents: clocks.happened[warps[rows][:, None], agents]  # noqa: E731
-        cta = warps // clocks.warps_per_cta + first_cta
-        return cls("a warp", clocks.own[warps], clocks.event(warps), cta, known)
+        cluster = (warps // clocks.warps_per_cta + first_cta) // clocks.cluster
+        return cls("a warp", clocks.own[warps], clocks.event(warps), cluster, known, clocks.group)
 
 
 class ParamMemory:

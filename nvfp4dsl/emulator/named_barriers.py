@@ -76,7 +76,7 @@ class NamedBarriers:
             )
 
     def _names(self, warps: list[int]) -> str:
-        return ", ".join(str(int(w)) for w in np.unique(self.clocks.own[warps]))
+        return ", ".join(str(int(w)) for w in np.unique(self.clocks.number[warps]))
 
     def describe(self, barrier: int, round_: _Round) -> str:
         arrived = f"{round_.arrived} of {round_.count} threads have arrived, from warps {self._names(round_.warps)}"

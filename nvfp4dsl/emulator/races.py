@@ -96,11 +96,11 @@ class Shadow:
         fenced = np.pad(knowledge.fenced, (0, size - knowledge.fenced.size))[agents]
         event = self.written[flat] >> PC_BITS
         self._require_after_write(flat, event <= happened, None, verb, operation.subject)
-        unfenced = (agents < self.clocks.warps_per_cta) & (event > fenced) & (not operation.generic)
+        unfenced = (agents < self.clocks.warp_agents) & (event > fenced) & (not operation.generic)
         if unfenced.any():
             at = flat[np.argmax(unfenced)]
             raise MissingProxyFence(
-                f"{operation.subject} {verb} shared address {at % self.span:#x}, which {self._last_write(at)} wrote "
+                f"{operation.subject} {verb} {self._place(at)}, which {self._last_write(at)} wrote "
                 "through the generic proxy; no fence.proxy.async lies between the two"
             )
 
@@ -112,8 +112,7 @@ class Shadow:
             at = int(flat[first])
             subject = operation if warps is None else self._warp_name(warps[first[0]])
             raise DataRace(
-                f"{subject} {verb} shared address {at % self.span:#x}, which {self._last_write(at)} wrote; "
-                "nothing orders the two",
+                f"{subject} {verb} {self._place(at)}, which {self._last_write(at)} wrote; nothing orders the two",
                 warp=None if warps is None else int(warps[first[0]]),
             )
 
@@ -121,9 +120,9 @@ class Shadow:
         first = np.unravel_index(np.argmax(late), late.shape)
         at = int(flat[first])
         subject = "the asynchronous copy" if warps is None else self._warp_name(warps[first[0]])
-        name = self.clocks.names[at // self.span][agent]
+        name = self.clocks.name(at // self.span, agent)
         raise DataRace(
-            f"{subject} overwrites shared address {at % self.span:#x}, which {name} reads at PTX line "
+            f"{subject} overwrites {self._place(at)}, which {name} reads at PTX line "
             f"{self.line_of(int(history[at]) & LAST_PC)}; nothing orders the two",
             warp=None if warps is None else int(warps[first[0]]),
         )
@@ -131,13 +130,16 @@ class Shadow:
     def _uninitialised(self, flat: np.ndarray, writer: np.ndarray, warps: np.ndarray | None) -> Fault:
         first = np.unravel_index(np.argmin(writer), writer.shape)
         raise UninitialisedRead(
-            f"shared address {int(flat[first]) % self.span:#x} is read, but nothing has written it",
+            f"{self._place(int(flat[first]))} is read, but nothing has written it",
             warp=None if warps is None else int(warps[first[0]]),
         )
 
     def _last_write(self, at: int) -> str:
-        name = self.clocks.names[at // self.span][self.writer[at] - 1]
+        name = self.clocks.name(at // self.span, self.writer[at] - 1)
         return f"{name} (PTX line {self.line_of(int(self.written[at]) & LAST_PC)})"
 
+    def _place(self, at: int) -> str:
+        return self.clocks.place(at // self.span, at % self.span)
+
     def _warp_name(self, warp: int) -> str:
-        return f"warp {self.clocks.own[warp]}"
+        return self.clocks.name(warp // self.clocks.warps_per_cta, self.clocks.own[warp])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nvfp4dsl.emulator.launch import Launch
-from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_BASE, ParamMemory
+from nvfp4dsl.emulator.memory import PARAM_WINDOW, RANK_SHIFT, SHARED_BASE, ParamMemory
 from nvfp4dsl.emulator.syntax import Kernel
 from nvfp4dsl.emulator.warps import LANES
 
@@ -21,9 +21,18 @@ def symbols_of(kernel: Kernel, params: ParamMemory) -> tuple[dict[str, int], int
     return symbols, at - SHARED_BASE
 
 
-def special_registers(launch: Launch, ctas: list[tuple[int, int, int]], first_cta: int) -> dict[str, np.ndarray]:
-    """The value of each special register in every lane of the resident warps, [warps, 32]. Clusters are of one CTA."""
-    block, grid = launch.block, launch.grid
+def special_registers(
+    kernel: Kernel,
+    launch: Launch,
+    ctas: list[tuple[int, int, int]],
+    first_cta: int,
+    symbols: dict[str, int],
+) -> dict[str, np.ndarray]:
+    """The value of each special register in every lane of the resident warps, [warps, 32].
+
+    In a cluster the addresses of shared variables are among them, as they hold the CTA's rank.
+    """
+    block, grid, cluster = launch.block, launch.grid, launch.cluster
     warps_per_cta = -(-int(np.prod(block)) // LANES)
     shape = (len(ctas) * warps_per_cta, LANES)
     lane = np.broadcast_to(np.arange(LANES), shape)
@@ -36,6 +45,8 @@ def special_registers(launch: Launch, ctas: list[tuple[int, int, int]], first_ct
     def per_cta(values: np.ndarray) -> np.ndarray:
         return np.broadcast_to(np.repeat(values, warps_per_cta)[:, None], shape)
 
+    size = int(np.prod(cluster))
+    ranks = np.arange(len(ctas)) % size
     registers = {
         "%laneid": lane,
         "%warpid": warp,
@@ -43,9 +54,9 @@ def special_registers(launch: Launch, ctas: list[tuple[int, int, int]], first_ct
         "%smid": per_cta(np.arange(len(ctas)) + first_cta),
         "%nsmid": constant(int(np.prod(grid))),
         "%gridid": constant(1),
-        "%cluster_ctarank": constant(0),
-        "%cluster_nctarank": constant(1),
-        "%is_explicit_cluster": constant(0),
+        "%cluster_ctarank": per_cta(ranks),
+        "%cluster_nctarank": constant(size),
+        "%is_explicit_cluster": constant(int(size > 1)),
         "%dynamic_smem_size": constant(launch.smem_bytes),
         "%lanemask_eq": 1 << lane,
         "%lanemask_lt": (1 << lane) - 1,
@@ -57,14 +68,17 @@ def special_registers(launch: Launch, ctas: list[tuple[int, int, int]], first_ct
     threads = (thread % block[0], thread // block[0] % block[1], thread // (block[0] * block[1]))
     for axis, letter in enumerate("xyz"):
         cta = per_cta(np.array([c[axis] for c in ctas]))
+        width = cluster[axis]
         registers |= {
             f"%tid.{letter}": threads[axis],
             f"%ntid.{letter}": constant(block[axis]),
             f"%ctaid.{letter}": cta,
             f"%nctaid.{letter}": constant(grid[axis]),
-            f"%clusterid.{letter}": cta,
-            f"%nclusterid.{letter}": constant(grid[axis]),
-            f"%cluster_ctaid.{letter}": constant(0),
-            f"%cluster_nctaid.{letter}": constant(1),
+            f"%clusterid.{letter}": cta // width,
+            f"%nclusterid.{letter}": constant(grid[axis] // width),
+            f"%cluster_ctaid.{letter}": cta % width,
+            f"%cluster_nctaid.{letter}": constant(width),
         }
+    if size > 1:
+        registers |= {v.name: per_cta(symbols[v.name] + (ranks << RANK_SHIFT)) for v in kernel.shared}
     return registers

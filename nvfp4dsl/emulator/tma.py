@@ -21,7 +21,7 @@ import numpy as np
 
 from nvfp4dsl.emulator.async_copies import Operation
 from nvfp4dsl.emulator.faults import BarrierMisuse, OutOfBounds, TensormapMisuse
-from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_BASE, Author
+from nvfp4dsl.emulator.memory import PARAM_WINDOW, RANK_SHIFT, SHARED_BASE, Author
 
 ELEMENT_BITS = {0: 8, 1: 16, 2: 32, 3: 32, 4: 64, 5: 64, 6: 16, 7: 32, 8: 32, 9: 64, 10: 16, 11: 4}
 """Bits of an element, by the descriptor's type code."""
@@ -141,7 +141,9 @@ def line(address: int, smem: int, size: int) -> Transfer:
 
 
 def _flat(machine, cta: int, addresses: np.ndarray, warp: int) -> np.ndarray:
+    """Indices of shared addresses, taken as offsets in one CTA's shared memory."""
     shared = machine.shared
+    addresses = addresses & (1 << RANK_SHIFT) - 1
     if addresses.size and (addresses.min() < SHARED_BASE or addresses.max() >= shared.span):
         raise OutOfBounds(
             f"an asynchronous copy at shared addresses [{addresses.min():#x}, {addresses.max() + 1:#x}); the CTA's "
@@ -151,16 +153,15 @@ def _flat(machine, cta: int, addresses: np.ndarray, warp: int) -> np.ndarray:
     return addresses.reshape(-1) + cta * shared.span
 
 
-def issue_load(machine, warp: int, pc: int, transfer: Transfer, barrier: int) -> None:
-    """Global to shared memory; completes ``transfer.bytes`` at the mbarrier."""
-    cta, shared = machine.cta_of(warp), machine.shared
+def issue_load(machine, warp: int, pc: int, transfer: Transfer, barrier: tuple[int, int]) -> None:
+    """Global to shared memory of the CTA where the mbarrier (CTA, offset) is; completes ``transfer.bytes`` there."""
+    (cta, _), shared = barrier, machine.shared
     body, filled = _flat(machine, cta, transfer.smem, warp), _flat(machine, cta, transfer.filled, warp)
     whole = np.concatenate([body, filled])
 
     def write_shared(operation: Operation) -> None:
-        if shared.barrier_bytes[whole].any():
-            raise BarrierMisuse("an asynchronous copy overwrites an mbarrier", warp=warp)
-        shared.shadow.async_write(whole, operation)
+        visit(machine, cta, operation)
+        write_order(machine, whole, operation)
         shared.data[filled] = 0
         if body.size:
             addresses = transfer.globals.astype(np.uint64)
@@ -170,8 +171,47 @@ def issue_load(machine, warp: int, pc: int, transfer: Transfer, barrier: int) ->
     def complete(operation: Operation) -> None:
         machine.mbarriers.complete(operation, barrier, transfer.bytes)
 
-    operation = machine.copies.load(warp, pc, [write_shared, complete])
+    operation = machine.copies.load(warp, pc, [write_shared, complete], uses=[cta])
+    visit(machine, cta, operation)
     machine.mbarriers.of_copy(operation, barrier)
+
+
+def issue_peer_copy(machine, warp: int, pc: int, source: np.ndarray, target: int, barrier: tuple[int, int]) -> None:
+    """Own shared memory, addresses ``source`` [bytes], to ``target`` in that of the CTA where the mbarrier is."""
+    shared, own, (cta, _) = machine.shared, machine.cta_of(warp), barrier
+    read = _flat(machine, own, source, warp)
+    written = _flat(machine, cta, target + np.arange(source.size), warp)
+    latched: list[np.ndarray] = []
+
+    def read_shared(operation: Operation) -> None:
+        machine.shared.residency.visit_by_copy(own, operation)
+        shared.shadow.async_read(read, operation)
+        latched.append(shared.data[read])
+
+    def write_shared(operation: Operation) -> None:
+        visit(machine, cta, operation)
+        write_order(machine, written, operation)
+        shared.data[written] = latched[0]
+
+    def complete(operation: Operation) -> None:
+        machine.mbarriers.complete(operation, barrier, source.size)
+
+    operation = machine.copies.load(warp, pc, [read_shared, write_shared, complete], uses=[own, cta])
+    visit(machine, cta, operation)
+    machine.mbarriers.of_copy(operation, barrier)
+
+
+def visit(machine, cta: int, operation: Operation) -> None:
+    """A copy touches a CTA's shared memory: if it is not the issuer's own, that CTA must be there."""
+    if cta != operation.cta:
+        machine.shared.residency.visit_by_copy(cta, operation)
+
+
+def write_order(machine, flat: np.ndarray, operation: Operation) -> None:
+    """A copy writes shared memory, which must be ordered after all other accesses, and hit no mbarrier."""
+    if machine.shared.barrier_bytes[flat].any():
+        raise BarrierMisuse("an asynchronous copy overwrites an mbarrier", warp=operation.warp)
+    machine.shared.shadow.async_write(flat, operation)
 
 
 def issue_store(machine, warp: int, lanes: list[int], pc: int, transfer: Transfer) -> None:
@@ -202,7 +242,8 @@ def author(machine, operation: Operation, count: int) -> Author:
         return padded[agents]
 
     fill = lambda value: np.full(count, value, np.int64)  # noqa: E731
-    name = "an asynchronous copy"
+    cluster = (operation.cta + machine.first_cta) // machine.clocks.cluster
     return Author(
-        name, fill(operation.write_agent), fill(operation.event), fill(operation.cta + machine.first_cta), known
-    )
+        "an asynchronous copy", fill(operation.write_agent), fill(operation.event), fill(cluster), known,
+        machine.clocks.group,
+    )  # fmt: skip

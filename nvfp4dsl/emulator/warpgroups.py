@@ -95,7 +95,7 @@ class Warpgroups:
     def arrive(self, warp: int, pc: int) -> _Meeting:
         """One warp reaches a ``wgmma``; complete once the whole warpgroup has."""
         machine = self.machine
-        cta, own = machine.cta_of(warp), int(machine.clocks.own[warp])
+        cta, own = machine.cta_of(warp), int(machine.clocks.number[warp])
         if own // WARPS * WARPS + WARPS > machine.warps_per_cta:
             raise DivergentSync(
                 f"warp {own} belongs to no full warpgroup; the CTA has {machine.warps_per_cta} warps", warp=warp
@@ -115,7 +115,7 @@ class Warpgroups:
         return meeting
 
     def describe(self, meeting: _Meeting) -> str:
-        names = ", ".join(str(int(self.machine.clocks.own[w])) for w in sorted(meeting.warps))
+        names = ", ".join(str(int(self.machine.clocks.number[w])) for w in sorted(meeting.warps))
         return f"the rest of its warpgroup at a wgmma (arrived: warps {names})"
 
     def start(self, meeting: _Meeting, registers: Registers, steps: Sequence[Callable[[Operation], None]]) -> None:
@@ -126,7 +126,7 @@ class Warpgroups:
         first = meeting.warps[0]
         cta = self.machine.cta_of(first)
         if first not in self.engines:
-            own = int(self.machine.clocks.own[first])
+            own = int(self.machine.clocks.number[first])
             self.engines[first] = _Engine(self.machine.clocks.new_agent(cta, f"wgmma of warps {own}-{own + WARPS - 1}"))
         engine = self.engines[first]
         engine.events += 1

@@ -12,6 +12,7 @@ from nvfp4dsl.emulator.isa.table import Step, compile_program
 for _family in (
     "ampere",
     "bulk",
+    "cluster",
     "compare",
     "control",
     "convert",

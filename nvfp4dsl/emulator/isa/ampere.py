@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvfp4dsl.emulator.faults import BarrierMisuse, UnknownInstruction
+from nvfp4dsl.emulator.faults import UnknownInstruction
 from nvfp4dsl.emulator.isa.bulk import shared_address
 from nvfp4dsl.emulator.isa.table import Blocking, Translator, instruction
 from nvfp4dsl.emulator.memory import require_aligned
 from nvfp4dsl.emulator.syntax import Immediate, Instruction
-from nvfp4dsl.emulator.tma import author
+from nvfp4dsl.emulator.tma import author, write_order
 from nvfp4dsl.emulator.warps import Group
 
 
@@ -45,9 +45,7 @@ def _issue(machine, warp: int, pc: int, mask: np.ndarray, size: int, targets, so
     flat = shared.flat(targets, size, warps)
 
     def write(operation) -> None:
-        if shared.barrier_bytes[flat].any():
-            raise BarrierMisuse("an asynchronous copy overwrites an mbarrier", warp=warp)
-        shared.shadow.async_write(flat.reshape(-1), operation)
+        write_order(machine, flat.reshape(-1), operation)
         shared.data[flat] = 0
         for count in np.unique(amounts[amounts > 0]):
             rows = amounts == count

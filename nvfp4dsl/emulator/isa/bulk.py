@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from nvfp4dsl.emulator import tma
-from nvfp4dsl.emulator.faults import Misaligned, UnknownInstruction
+from nvfp4dsl.emulator.faults import BarrierMisuse, ClusterMisuse, Misaligned, UnknownInstruction
 from nvfp4dsl.emulator.isa.sync import require_ordered_lanes
 from nvfp4dsl.emulator.isa.table import Blocking, Translator, instruction
 from nvfp4dsl.emulator.memory import SHARED_WINDOW
@@ -45,20 +45,48 @@ def _tensor(t: Translator, operand: object):
     return [t.address(operand)] + [t.read(c, "s32") for c in coordinates.items]
 
 
-@instruction(
-    rf"cp\.async\.bulk\.tensor\.[1-5]d\.shared::(cta|cluster)\.global(\.tile)?\.mbarrier::complete_tx::bytes{_HINTS}"
-)
+_COMPLETES = rf"\.mbarrier::complete_tx::bytes(\.multicast::cluster)?{_HINTS}"
+
+
+@instruction(rf"cp\.async\.bulk\.tensor\.[1-5]d\.shared::(cta|cluster)\.global(\.tile)?{_COMPLETES}")
 def tensor_load(t: Translator, i: Instruction):
     target, barrier = shared_address(t, i.operands[0]), shared_address(t, i.operands[2])
-    readers = [target, barrier, *_tensor(t, i.operands[1])]
-    machine = t.machine
+    readers = [target, barrier, _cta_mask(t, i, 3), *_tensor(t, i.operands[1])]
+    machine, peers = t.machine, "shared::cluster" in i.parts
 
     def run(g: Group) -> None:
-        for warp, _, (smem, mbar, where, *coordinates) in _requests(g, *[r(g) for r in readers]):
+        for warp, _, (smem, mbar, mask, where, *coordinates) in _requests(g, *[r(g) for r in readers]):
             box = tma.box(tma.descriptor_at(machine, where, warp), coordinates, smem, warp)
-            tma.issue_load(machine, warp, g.pc, box, mbar)
+            for place in _barriers(machine, warp, smem, mbar, mask, peers):
+                tma.issue_load(machine, warp, g.pc, box, place)
 
     return run
+
+
+def _cta_mask(t: Translator, i: Instruction, position: int):
+    """The mask of CTA ranks of a multicast, 0 without one."""
+    multicast = "multicast::cluster" in i.parts
+    return t.read(i.operands[position], "u16") if multicast else lambda g: np.zeros((), np.uint16)
+
+
+def _barriers(machine, warp: int, smem: int, mbar: int, mask: int, peers: bool) -> list[tuple[int, int]]:
+    """(CTA, offset) of the mbarrier in each CTA that a copy goes to."""
+    cta, _ = machine.shared.place(smem, warp, peers)
+    where, offset = machine.shared.place(mbar, warp, peers)
+    if cta != where:
+        raise BarrierMisuse(
+            f"a copy to {machine.clocks.place(cta, smem)} completes at an mbarrier of another CTA, {mbar:#x}", warp=warp
+        )
+    if not mask:
+        return [(cta, offset)]
+    cluster = machine.clocks.cluster
+    if mask >> cluster:
+        raise ClusterMisuse(f"a multicast to CTA ranks {_ranks(mask)} of a cluster of {cluster}", warp=warp)
+    return [(cta // cluster * cluster + rank, offset) for rank in _ranks(mask)]
+
+
+def _ranks(mask: int) -> list[int]:
+    return [rank for rank in range(16) if mask >> rank & 1]
 
 
 @instruction(rf"cp\.async\.bulk\.tensor\.[1-5]d\.global\.shared::cta(\.tile)?\.bulk_group{_HINTS}")
@@ -75,20 +103,38 @@ def tensor_store(t: Translator, i: Instruction):
     return run
 
 
-@instruction(rf"cp\.async\.bulk\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes{_HINTS}")
+@instruction(rf"cp\.async\.bulk\.shared::(cta|cluster)\.global{_COMPLETES}")
 def linear_load(t: Translator, i: Instruction):
     readers = [
         shared_address(t, i.operands[0]),
         t.address(i.operands[1]),
         t.read(i.operands[2], "u32"),
         shared_address(t, i.operands[3]),
+        _cta_mask(t, i, 4),
     ]
+    machine, peers = t.machine, "shared::cluster" in i.parts
+
+    def run(g: Group) -> None:
+        for warp, _, (smem, source, size, mbar, mask) in _requests(g, *[r(g) for r in readers]):
+            _require_16(warp, smem, source, size)
+            for place in _barriers(machine, warp, smem, mbar, mask, peers):
+                tma.issue_load(machine, warp, g.pc, tma.line(source, smem, size), place)
+
+    return run
+
+
+@instruction(r"cp\.async\.bulk\.shared::cluster\.shared::cta\.mbarrier::complete_tx::bytes")
+def peer_copy(t: Translator, i: Instruction):
+    readers = [shared_address(t, i.operands[n]) for n in (0, 1, 3)] + [t.read(i.operands[2], "u32")]
     machine = t.machine
 
     def run(g: Group) -> None:
-        for warp, _, (smem, source, size, mbar) in _requests(g, *[r(g) for r in readers]):
-            _require_16(warp, smem, source, size)
-            tma.issue_load(machine, warp, g.pc, tma.line(source, smem, size), mbar)
+        require_ordered_lanes(machine, g, machine.warps.stored, "copies from shared memory")
+        for warp, _, (target, source, mbar, size) in _requests(g, *[r(g) for r in readers]):
+            _require_16(warp, source, target, size)
+            machine.shared.place(source, warp)
+            (place,) = _barriers(machine, warp, target, mbar, 0, peers=True)
+            tma.issue_peer_copy(machine, warp, g.pc, source + np.arange(size), target, place)
 
     return run
 
@@ -108,7 +154,7 @@ def linear_store(t: Translator, i: Instruction):
 
 
 def _require_16(warp: int, smem: int, address: int, size: int) -> None:
-    for name, value in (("shared address", smem), ("global address", address), ("size", size)):
+    for name, value in (("shared address", smem), ("other address", address), ("size", size)):
         if value % 16:
             raise Misaligned(f"bulk copy: {name} {value:#x} must be a multiple of 16", warp=warp)
 

@@ -7,12 +7,21 @@ memory as in shared.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from nvfp4dsl.emulator.faults import OutOfBounds
 from nvfp4dsl.emulator.isa.rounding import flush
 from nvfp4dsl.emulator.isa.table import Translator, instruction
-from nvfp4dsl.emulator.memory import PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE, Author, require_aligned
+from nvfp4dsl.emulator.memory import (
+    PARAM_WINDOW,
+    RANK_SHIFT,
+    SHARED_WINDOW,
+    WINDOW_SIZE,
+    Author,
+    require_aligned,
+)
 from nvfp4dsl.emulator.registers import SIGNED, UNSIGNED, dtype_of
 from nvfp4dsl.emulator.syntax import WIDTH, Instruction, Vector
 from nvfp4dsl.emulator.warps import Group
@@ -20,7 +29,7 @@ from nvfp4dsl.emulator.warps import Group
 TYPE = r"(b8|u8|s8|b16|u16|s16|b32|u32|s32|b64|u64|s64|f16|bf16|f32|f64)"
 QUALIFIERS = r"""(\.(weak|volatile|relaxed|acquire|release|acq_rel|cta|gpu|sys|cluster|nc|ca|cg|cs|lu|cv|wb|wt|unified
     |L1::\w+|L2::\w+|level::\w+))*"""
-SPACE = r"(\.(global|shared|shared::cta|param|param::entry|const))?"
+SPACE = r"(\.(global|shared|shared::cta|shared::cluster|param|param::entry|const))?"
 
 
 @instruction(rf"mov\.({TYPE}|pred)")
@@ -63,7 +72,7 @@ def _pack(t: Translator, destination: object, source: Vector, kind: str):
     return run
 
 
-@instruction(r"cvta(\.to)?\.(global|shared|shared::cta|param|param::entry|const|local)\.u64")
+@instruction(r"cvta(\.to)?\.(global|shared|shared::cta|shared::cluster|param|param::entry|const|local)\.u64")
 def convert_address(t: Translator, i: Instruction):
     """Global, constant and parameter addresses are generic ones already; shared ones have a window."""
     write, read = t.write(i.operands[0]), t.read(i.operands[1], "u64")
@@ -73,23 +82,20 @@ def convert_address(t: Translator, i: Instruction):
     return lambda g: write(g, read(g) + window)
 
 
-@instruction(r"isspacep\.(global|shared|shared::cta|param)")
+@instruction(r"isspacep\.(global|shared|shared::cta|shared::cluster|param)")
 def is_space(t: Translator, i: Instruction):
-    write, read = t.write(i.operands[0]), t.read(i.operands[1], "u64")
+    """``shared`` by itself is the executing CTA's."""
+    write, read, clocks = t.write(i.operands[0]), t.read(i.operands[1], "u64"), t.machine.clocks
+    in_cluster = lambda a: (a >= SHARED_WINDOW) & (a < SHARED_WINDOW + WINDOW_SIZE)  # noqa: E731
+    rank = lambda g: (g.warps // clocks.warps_per_cta % clocks.cluster)[:, None]  # noqa: E731
     tests = {
-        "shared": lambda a: (a >= SHARED_WINDOW) & (a < SHARED_WINDOW + WINDOW_SIZE),
-        "param": lambda a: (a >= PARAM_WINDOW) & (a < PARAM_WINDOW + WINDOW_SIZE),
-        "global": lambda a: a < SHARED_WINDOW,
+        "shared::cluster": lambda g, a: in_cluster(a),
+        "shared": lambda g, a: in_cluster(a) & ((a - np.uint64(SHARED_WINDOW)) >> np.uint64(RANK_SHIFT) == rank(g)),
+        "param": lambda g, a: (a >= PARAM_WINDOW) & (a < PARAM_WINDOW + WINDOW_SIZE),
+        "global": lambda g, a: a < SHARED_WINDOW,
     }
-    test = tests[i.parts[1].split("::")[0]]
-    return lambda g: write(g, test(read(g)))
-
-
-@instruction(r"mapa(\.shared::cluster)?\.(u32|u64)")
-def map_address(t: Translator, i: Instruction):
-    """A cluster of one CTA: every rank's address is one's own."""
-    write, read = t.write(i.operands[0]), t.read(i.operands[1], i.parts[-1])
-    return lambda g: write(g, read(g))
+    test = tests[i.parts[1].removesuffix("::cta")]
+    return lambda g: write(g, test(g, read(g)))
 
 
 # --- loads and stores
@@ -98,7 +104,7 @@ def map_address(t: Translator, i: Instruction):
 def split_generic(addresses: np.ndarray) -> list[tuple[str, np.ndarray, int]]:
     """(space, rows, base) for generic addresses."""
     parts = []
-    for space, window in (("shared", SHARED_WINDOW), ("param", PARAM_WINDOW)):
+    for space, window in (("shared::cluster", SHARED_WINDOW), ("param", PARAM_WINDOW)):
         rows = (addresses >= window) & (addresses < window + WINDOW_SIZE)
         parts.append((space, rows, window))
     parts.append(("global", ~(parts[0][1] | parts[1][1]), 0))
@@ -107,8 +113,8 @@ def split_generic(addresses: np.ndarray) -> list[tuple[str, np.ndarray, int]]:
 
 def load_bytes(machine, space: str, addresses: np.ndarray, size: int, warps: np.ndarray, pc: int) -> np.ndarray:
     """uint8 [accesses, size] from one space, or from whichever window a generic address is in."""
-    if space == "shared":
-        return machine.shared.load(addresses, size, warps, pc)
+    if space.startswith("shared"):
+        return machine.shared.load(addresses, size, warps, pc, peers=space == "shared::cluster")
     if space == "param":
         return machine.params.load(addresses % PARAM_WINDOW, size, warps)
     if space == "global":
@@ -123,8 +129,8 @@ def load_bytes(machine, space: str, addresses: np.ndarray, size: int, warps: np.
 
 def store_bytes(machine, space: str, addresses: np.ndarray, values: np.ndarray, warps: np.ndarray, pc: int) -> None:
     """Store uint8 [accesses, size]."""
-    if space == "shared":
-        machine.shared.store(addresses, values, warps, pc)
+    if space.startswith("shared"):
+        machine.shared.store(addresses, values, warps, pc, peers=space == "shared::cluster")
     elif space == "global":
         require_aligned(addresses, values.shape[1], warps, "global")
         machine.memory.write(addresses, values, warps, Author.of_warps(machine.clocks, warps, machine.first_cta))
@@ -136,8 +142,9 @@ def store_bytes(machine, space: str, addresses: np.ndarray, values: np.ndarray, 
 
 
 def _access(i: Instruction) -> tuple[str, str]:
-    """(space, element type) of a load or store."""
-    named = [p.split("::")[0] for p in i.parts if p.split("::")[0] in ("global", "shared", "param", "const")]
+    """(space, element type) of a load or store. ``shared`` is the executing CTA's, ``shared::cluster`` anyone's."""
+    parts = [p.removesuffix("::cta").removesuffix("::entry") for p in i.parts]
+    named = [p for p in parts if p in ("global", "shared", "shared::cluster", "param", "const")]
     return (named[0] if named else "generic"), i.parts[-1]
 
 
@@ -152,7 +159,7 @@ def load(t: Translator, i: Instruction):
 
     def run(g: Group) -> None:
         where = address(g)[g.mask]
-        if space == "shared":
+        if space.startswith("shared"):
             machine.warps.touch(g, stores=False)
         data: np.ndarray = load_bytes(machine, space, where, size * len(writers), g.lane_warps, g.pc).view(dtype)
         for n, write in enumerate(writers):
@@ -183,7 +190,7 @@ def store(t: Translator, i: Instruction):
         data: np.ndarray = np.empty((where.size, len(readers)), UNSIGNED[bits])
         for n, read in enumerate(readers):
             data[:, n] = np.broadcast_to(read(g), g.mask.shape)[g.mask]
-        if space == "shared":
+        if space.startswith("shared"):
             machine.warps.touch(g, stores=True)
         store_bytes(machine, space, where, data.view(np.uint8), g.lane_warps, g.pc)
 
@@ -192,7 +199,7 @@ def store(t: Translator, i: Instruction):
 
 # --- atomics
 
-_ATOMIC = {
+OPERATIONS: dict[str, Callable] = {
     "add": lambda old, a: old + a,
     "min": np.minimum,
     "max": np.maximum,
@@ -204,7 +211,7 @@ _ATOMIC = {
     "dec": lambda old, a: np.where((old == 0) | (old > a), a, old - 1).astype(old.dtype),
 }
 _ATOM_TYPES = r"(b32|b64|u32|s32|u64|s64|f32|f64)"
-_ATOM_SPACE = r"(\.(global|shared|shared::cta))?"
+_ATOM_SPACE = r"(\.(global|shared|shared::cta|shared::cluster))?"
 
 
 @instruction(
@@ -212,13 +219,13 @@ _ATOM_SPACE = r"(\.(global|shared|shared::cta))?"
 )
 def atomic(t: Translator, i: Instruction):
     """One lane after another, as the hardware may order them."""
-    operation = next(p for p in i.parts if p in _ATOMIC)
+    operation = next(p for p in i.parts if p in OPERATIONS)
     dtype = dtype_of(i.parts[-1])
     returns = i.parts[0] == "atom"
     first = 1 if returns else 0
     write = t.write(i.operands[0]) if returns else None
     address, value = t.address(i.operands[first]), t.read(i.operands[first + 1], i.parts[-1])
-    return _atomic(t.machine, _access(i)[0], write, address, dtype, lambda g: [value(g)], _ATOMIC[operation])
+    return _atomic(t.machine, _access(i)[0], write, address, dtype, lambda g: [value(g)], OPERATIONS[operation])
 
 
 @instruction(rf"atom{QUALIFIERS}{_ATOM_SPACE}{QUALIFIERS}\.cas{QUALIFIERS}\.(b32|b64)")
@@ -241,16 +248,18 @@ def vector_reduction(t: Translator, i: Instruction):
         value = t.read(item, "f32")
         address = lambda g, n=n: base(g) + np.uint64(4 * n)  # noqa: E731
         operands = lambda g, v=value: [v(g)]  # noqa: E731
-        steps.append(_atomic(t.machine, "global", None, address, dtype_of("f32"), operands, _ATOMIC["add"]))
+        steps.append(_atomic(t.machine, "global", None, address, dtype_of("f32"), operands, OPERATIONS["add"]))
     return lambda g: [step(g) for step in steps]
 
 
 def _atomic(machine, space: str, write, address, dtype: np.dtype, operands, function):
-    def exchange(where: np.ndarray, warp: np.ndarray, values: list[np.ndarray], part: str) -> np.ndarray:
+    def exchange(where: np.ndarray, warp: np.ndarray, values: list[np.ndarray], part: str, pc: int) -> np.ndarray:
         """One lane's old value, [1]."""
-        if part == "shared":
+        if part.startswith("shared"):
             require_aligned(where, dtype.itemsize, warp, "shared")
-            return machine.shared.exchange(where, dtype, warp, lambda old: function(old, *values))
+            flat = machine.shared.flat(where, dtype.itemsize, warp, peers=part == "shared::cluster")
+            machine.shared.visit(flat[:, 0] // machine.shared.span, warp, pc)
+            return machine.shared.exchange(flat, dtype, warp, lambda old: function(old, *values))
         require_aligned(where, dtype.itemsize, warp, "global")
         old = machine.memory.read(where, dtype.itemsize, warp).view(dtype)[0]
         if dtype == np.float32:  # atomics on global memory flush subnormals, those on shared memory do not (PTX ISA)
@@ -267,7 +276,7 @@ def _atomic(machine, space: str, write, address, dtype: np.dtype, operands, func
         for n in range(where.size):
             one, warp = where[n : n + 1], g.lane_warps[n : n + 1]
             ((part, _, base),) = split_generic(one) if space == "generic" else ((space, None, 0),)
-            old[n] = exchange(one - np.uint64(base), warp, [v[n : n + 1] for v in values], part)[0]
+            old[n] = exchange(one - np.uint64(base), warp, [v[n : n + 1] for v in values], part, g.pc)[0]
         if space != "global":
             machine.warps.touch(g, stores=True)
         machine.note_change()

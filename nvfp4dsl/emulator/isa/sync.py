@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvfp4dsl.emulator.faults import DivergentSync, Misaligned, UnknownInstruction, UnorderedLanes
+from nvfp4dsl.emulator.faults import BarrierMisuse, DivergentSync, Misaligned, UnknownInstruction, UnorderedLanes
 from nvfp4dsl.emulator.isa.data import spread
 from nvfp4dsl.emulator.isa.table import Blocking, Translator, instruction
 from nvfp4dsl.emulator.memory import SHARED_WINDOW
@@ -49,12 +49,6 @@ def named_barrier(t: Translator, i: Instruction):
     return run
 
 
-@instruction(r"barrier\.cluster\.(arrive|wait)(\.(release|relaxed|acquire))?(\.aligned)?")
-def cluster_barrier(t: Translator, i: Instruction):
-    """A cluster of one CTA: not modelled, as nothing but that CTA's own warps would meet there."""
-    raise UnknownInstruction("cluster barriers are not emulated")
-
-
 # --- fences
 
 
@@ -78,15 +72,30 @@ def barrier_init_fence(t: Translator, i: Instruction):
 
 
 @instruction(r"(fence|membar)(\.(sc|acq_rel|acquire|release|cta|cluster|gpu|gl|sys|sync_restrict::[\w:]+))*")
-@instruction(r"fence\.proxy\.tensormap::generic\..+")
 def memory_fence(t: Translator, i: Instruction):
-    """Orders nothing by itself: only barriers make one warp's accesses happen before another's."""
+    """Orders nothing by itself, but a relaxed arrival at a barrier then releases what came before the fence."""
+    clocks = t.machine.clocks
+    restricted = any(p.startswith("sync_restrict") for p in i.parts)
+    if restricted or "acquire" in i.parts or "cta" in i.parts:
+        return lambda g: None
+
+    def run(g: Group) -> None:
+        for row in g.rows():
+            clocks.order(int(g.warps[row]))
+
+    return run
+
+
+@instruction(r"fence\.proxy\.tensormap::generic\..+")
+def tensormap_fence(t: Translator, i: Instruction):
+    """Tensor maps are read-only here."""
     return lambda g: None
 
 
 # --- mbarriers
 
 _SHARED = r"(\.(shared|shared::cta))?"
+_ANY_SHARED = r"(\.(shared|shared::cta|shared::cluster))?"
 _ORDER = r"(\.(acquire|release|relaxed))?(\.(cta|cluster))?"
 
 
@@ -104,11 +113,19 @@ def _addresses(t: Translator, operand: object):
     return addresses
 
 
-def _each_lane(g: Group, *arrays: np.ndarray):
-    """(warp, values) for every active lane."""
-    values = [np.broadcast_to(a, g.mask.shape)[g.mask] for a in arrays]
-    for n, warp in enumerate(g.lane_warps):
-        yield int(warp), *(int(v[n]) for v in values)
+def _each_lane(machine, g: Group, peers: bool, addresses: np.ndarray, *arrays: np.ndarray):
+    """(warp, place of its barrier, values) for every active lane; ``peers`` allows other CTAs of the cluster."""
+    where, *values = [np.broadcast_to(a, g.mask.shape)[g.mask] for a in (addresses, *arrays)]
+    for n, warp in enumerate(g.lane_warps.tolist()):
+        place = machine.shared.place(int(where[n]), warp, peers)
+        if place[0] != machine.cta_of(warp):
+            machine.shared.residency.visit_by_warp(place[0], warp, g.pc)
+        yield warp, place, *(int(v[n]) for v in values)
+
+
+def _reaches_peers(i: Instruction) -> bool:
+    """Whether the barrier may be in another CTA: its address is a ``shared::cluster`` or a generic one."""
+    return not {"shared", "shared::cta"} & set(i.parts)
 
 
 @instruction(rf"mbarrier\.init{_SHARED}\.b64")
@@ -116,8 +133,8 @@ def init(t: Translator, i: Instruction):
     where, count = _addresses(t, i.operands[0]), t.read(i.operands[1], "u32")
 
     def run(g: Group) -> None:
-        for warp, address, value in _each_lane(g, where(g), count(g)):
-            t.machine.mbarriers.init(warp, address, value, g.pc)
+        for warp, place, value in _each_lane(t.machine, g, False, where(g), count(g)):
+            t.machine.mbarriers.init(warp, place, value, g.pc)
 
     return run
 
@@ -127,32 +144,33 @@ def invalidate(t: Translator, i: Instruction):
     where = _addresses(t, i.operands[0])
 
     def run(g: Group) -> None:
-        for warp, address in _each_lane(g, where(g)):
-            t.machine.mbarriers.invalidate(warp, address)
+        for warp, place in _each_lane(t.machine, g, False, where(g)):
+            t.machine.mbarriers.invalidate(warp, place)
 
     return run
 
 
-@instruction(
-    rf"mbarrier\.(arrive|arrive_drop)(\.expect_tx)?{_ORDER}(\.noComplete)?(\.(shared|shared::cta|shared::cluster))?\.b64"
-)
+@instruction(rf"mbarrier\.(arrive|arrive_drop)(\.expect_tx)?{_ORDER}(\.noComplete)?{_ANY_SHARED}\.b64")
 def arrive(t: Translator, i: Instruction):
-    """With ``expect_tx`` the second operand is bytes, and the arrival counts one."""
+    """With ``expect_tx`` the second operand is bytes, and the arrival counts one. A peer's barrier gives no token."""
     machine = t.machine
     operands = list(i.operands)
     destination = Sink() if hasattr(operands[0], "base") else operands.pop(0)
     write, where = t.write(destination), _addresses(t, operands[0])
     amount = t.read(operands[1] if len(operands) > 1 else Immediate(1), "u32")
     expects, drop, release = "expect_tx" in i.parts, i.parts[1] == "arrive_drop", "relaxed" not in i.parts
+    peers, wants_token = _reaches_peers(i), not isinstance(destination, Sink)
 
     def run(g: Group) -> None:
         if release:
             require_ordered_lanes(machine, g, machine.warps.loose, "arrives")
         tokens = []
-        for warp, address, value in _each_lane(g, where(g), amount(g)):
+        for warp, place, value in _each_lane(machine, g, peers, where(g), amount(g)):
+            if wants_token and place[0] != machine.cta_of(warp):
+                raise BarrierMisuse("an arrival at a barrier of another CTA returns no state", warp=warp)
             if expects:
-                machine.mbarriers.expect(warp, address, value)
-            tokens.append(machine.mbarriers.arrive(warp, address, 1 if expects else value, release, drop))
+                machine.mbarriers.expect(warp, place, value)
+            tokens.append(machine.mbarriers.arrive(warp, place, 1 if expects else value, release, drop))
         write(g, spread(g, np.array(tokens, np.uint64)))
 
     return run
@@ -172,13 +190,13 @@ def require_ordered_lanes(machine, g: Group, loose: np.ndarray, deed: str) -> No
         machine.tolerated(fault, g.pc)
 
 
-@instruction(rf"mbarrier\.expect_tx(\.relaxed)?(\.(cta|cluster))?{_SHARED}\.b64")
+@instruction(rf"mbarrier\.expect_tx(\.relaxed)?(\.(cta|cluster))?{_ANY_SHARED}\.b64")
 def expect(t: Translator, i: Instruction):
-    where, amount = _addresses(t, i.operands[0]), t.read(i.operands[1], "u32")
+    where, amount, peers = _addresses(t, i.operands[0]), t.read(i.operands[1], "u32"), _reaches_peers(i)
 
     def run(g: Group) -> None:
-        for warp, address, value in _each_lane(g, where(g), amount(g)):
-            t.machine.mbarriers.expect(warp, address, value)
+        for warp, place, value in _each_lane(t.machine, g, peers, where(g), amount(g)):
+            t.machine.mbarriers.expect(warp, place, value)
 
     return run
 
@@ -218,14 +236,16 @@ def wait(t: Translator, i: Instruction):
 
 
 def _test(machine, warp: int, address: int, parity: int, acquire: bool) -> bool:
+    place = machine.shared.place(address, warp)
     if machine.rng.random() < SPURIOUS_FAILURE / 2:
-        machine.mbarriers.of_warp(warp, address)
+        machine.mbarriers.of_warp(warp, place)
         return False
-    return machine.mbarriers.test(warp, address, parity, acquire)
+    return machine.mbarriers.test(warp, place, parity, acquire)
 
 
 def _wait_for(machine, g: Group, row: int, requests: list[tuple[int, int]]) -> None:
-    barriers = [(machine.mbarriers.of_warp(int(g.warps[row]), a), p) for a, p in requests]
+    warp = int(g.warps[row])
+    barriers = [(machine.mbarriers.of_warp(warp, machine.shared.place(a, warp)), p) for a, p in requests]
     ready = lambda: any(b.passed(p) for b, p in barriers)  # noqa: E731
     describe = lambda: ", ".join(f"parity {p} of {b}" for b, p in barriers)  # noqa: E731
     machine.block(g, row, g.pc, ready, describe, may_time_out=True, barriers=tuple(b for b, _ in barriers))

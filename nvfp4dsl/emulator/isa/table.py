@@ -178,7 +178,8 @@ _CONVERGENT = frozenset({"bar", "shfl", "vote", "elect", "match", "redux", "ldma
 
 
 def _is_convergent(instruction: Instruction) -> bool:
-    return instruction.parts[0] in _CONVERGENT or "aligned" in instruction.parts
+    parts = instruction.parts
+    return parts[0] in _CONVERGENT or "aligned" in parts or parts[:2] == ("barrier", "cluster")
 
 
 def _member_mask(translator: Translator, instruction: Instruction) -> Reader | None:

@@ -29,11 +29,22 @@ def kernel(body, params, block=32, maps=(), target="sm_120a"):
 
 
 def prepare(
-    body, arrays=None, *, outputs=None, block=32, grid=1, smem=4096, maps=None, initialised=False, target="sm_120a"
+    body,
+    arrays=None,
+    *,
+    outputs=None,
+    block=32,
+    grid=1,
+    cluster=(1, 1, 1),
+    smem=4096,
+    maps=None,
+    initialised=False,
+    target="sm_120a",
 ):
     """(PTX, launch) of ``body``: ``arrays`` are read-only, ``outputs`` written (uninitialised, unless ``initialised``).
 
-    ``maps`` gives 128-byte tensor maps, or functions that make one from the addresses.
+    ``grid`` is three extents, or that of x. ``maps`` gives 128-byte tensor maps, or functions that make one from the
+    addresses.
     """
     arrays, outputs, maps = arrays or {}, outputs or {}, maps or {}
     buffers, addresses = [], {}
@@ -47,11 +58,12 @@ def prepare(
         address += (data.size + (1 << 20)) & ~0xFF
     params = [struct.pack("<Q", a) for a in addresses.values()]
     params += [make(addresses) if callable(make) else make for make in maps.values()]
-    launch = Launch("k", (grid, 1, 1), (block, 1, 1), (1, 1, 1), smem, params, buffers)
+    extents = (grid, 1, 1) if isinstance(grid, int) else grid
+    launch = Launch("k", extents, (block, 1, 1), cluster, smem, params, buffers)
     return kernel(body, list(addresses), block, list(maps), target), launch
 
 
-LAUNCH = ("block", "grid", "smem", "maps", "initialised", "target")
+LAUNCH = ("block", "grid", "cluster", "smem", "maps", "initialised", "target")
 
 
 def execute(body, arrays=None, *, outputs=None, **options):
