@@ -24,7 +24,7 @@ from nvfp4dsl.errors import (
 )
 from nvfp4dsl.formats import NVFP4Tensor
 from nvfp4dsl.jit import CompiledKernel, compile
-from nvfp4dsl.ops import dequantize, linear, mm, quantize
+from nvfp4dsl.ops import dequantize, linear, mm, quantize, warmup
 from nvfp4dsl.packing import prepare
 from nvfp4dsl.targets import DEVICES, TARGETS, Device, Target
 
@@ -55,4 +55,5 @@ __all__ = [
     "mm",
     "prepare",
     "quantize",
+    "warmup",
 ]

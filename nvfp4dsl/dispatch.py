@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,11 +25,14 @@ from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.errors import LaunchError, LayoutError, ModeError, OperandError, TargetError, TileError
 from nvfp4dsl.formats import NVFP4Tensor
-from nvfp4dsl.layouts import TMA_ROW_BYTES
-from nvfp4dsl.packing import layout_for
+from nvfp4dsl.layouts import FRAGMENT_ROWS, TMA_ROW_BYTES
+from nvfp4dsl.packing import layout_for, prepare
 from nvfp4dsl.targets import DEVICES, Target, get_target, target_of_capability
 
+log = logging.getLogger(__name__)
+
 FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TORCH = {name: dtype for dtype, name in FLOATS.items()}
 #: names of each kernel's arguments in call order, by activation mode; the last but one is the output
 ARGUMENTS = {
     "nvfp4": ("a", "sfa", "b", "sfb", "alpha_a", "alpha_b", "bias", "c", "max_ctas"),
@@ -86,7 +90,7 @@ def emulate(target: str, *, seed: int = 0, max_ctas: int | None = None) -> Itera
     """
     row = get_target(target)
     if max_ctas is None:
-        max_ctas = next(device.sms for device in DEVICES if device.target == row.name)
+        max_ctas = first_device_sms(row.name)
     if max_ctas < 1:
         raise ValueError(f"max_ctas is {max_ctas}; a launch needs at least one CTA")
     token = _emulation.set(Emulation(row, seed, max_ctas))
@@ -128,6 +132,11 @@ def sm_count(device: torch.device) -> int:
     return emulation.max_ctas if emulation else 1
 
 
+def first_device_sms(target: str) -> int:
+    """Multiprocessors of the first known device of a target."""
+    return next(device.sms for device in DEVICES if device.target == target)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_tile(spec: GemmSpec, m: int, n: int, target: str, sms: int) -> TileConfig:
     """The tile for an output of ``m`` x ``n`` on a device of ``sms`` multiprocessors.
@@ -155,6 +164,7 @@ def choose_tile(spec: GemmSpec, m: int, n: int, target: str, sms: int) -> TileCo
 
 
 _kernels: dict[tuple[GemmSpec, TileConfig, str], jit.CompiledKernel] = {}
+_CAPTURING = "a CUDA graph is being captured, during which nothing may be compiled or loaded"
 
 
 def kernel_for(spec: GemmSpec, tile: TileConfig, target: str, shape: str = "this call") -> jit.CompiledKernel:
@@ -167,9 +177,8 @@ def kernel_for(spec: GemmSpec, tile: TileConfig, target: str, shape: str = "this
     if kernel is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise LaunchError(
-                f"the kernel for {shape} (tile {tile}, {spec}) is not loaded yet, and a CUDA graph is being captured, "
-                "during which nothing may be compiled or loaded; before the capture call nvfp4dsl.warmup(weights, ms) "
-                "with this M among ms, or the operation itself"
+                f"the kernel for {shape} (tile {tile}, {spec}) is not loaded yet, and {_CAPTURING}; before the capture "
+                "call nvfp4dsl.warmup(weights, ms) with this M among ms, or the operation itself"
             )
         kernel = _kernels[spec, tile, target] = jit.compile(spec, tile, target)
     return kernel
@@ -222,16 +231,21 @@ def gemm_kernel(
     if target is None:
         raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
     check_kernel_operands(a, b, out_dtype, target)
-    name, n = FLOATS[out_dtype], b.shape[-2]
-    spec = GemmSpec(
-        activation="nvfp4",
-        out_dtype=name,
-        bias=None if bias is None else FLOATS[bias.dtype],
-        aligned_rows=n * FLOAT_BYTES[name] % TMA_ROW_BYTES == 0,
-    )
-    m = a.shape[-2]
+    m, n = a.shape[-2], b.shape[-2]
+    spec = gemm_spec(n, out_dtype, None if bias is None else bias.dtype)
     tile = tile or choose_tile(spec, m, n, target.name, sm_count(a.device))
     return kernel_for(spec, tile, target.name, f"M {m}, N x K {n} x {b.k}")
+
+
+def gemm_spec(n: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> GemmSpec:
+    """The spec of :func:`gemm` with ``b`` [n, K]."""
+    name = FLOATS[out_dtype]
+    return GemmSpec(
+        activation="nvfp4",
+        out_dtype=name,
+        bias=None if bias_dtype is None else FLOATS[bias_dtype],
+        aligned_rows=n * FLOAT_BYTES[name] % TMA_ROW_BYTES == 0,
+    )
 
 
 def check_kernel_operands(a: NVFP4Tensor, b: NVFP4Tensor, out_dtype: torch.dtype, target: Target) -> None:
@@ -327,6 +341,39 @@ def w4a16(
     codes, scales, alpha = linear_operands(weight)
     run(kernel, (x, codes, scales, alpha if factor is None else alpha * factor, bias, out))
     return out
+
+
+def warm(requests: Iterable[tuple[GemmSpec, TileConfig, str]], device: torch.device) -> list[jit.CompiledKernel]:
+    """Compile what :func:`kernel_for` will be asked for, in parallel, and load it onto ``device`` where that runs it.
+
+    Raises:
+        LaunchError: a CUDA graph is being captured.
+        CompileError, CacheError: as :func:`nvfp4dsl.jit.compile`.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise LaunchError(f"{_CAPTURING}; warm up before the capture")
+    rows = list(dict.fromkeys(requests))
+    log.info("warming up %d kernels: %d are not loaded yet", len(rows), sum(row not in _kernels for row in rows))
+    for row, kernel in zip(rows, jit.compile_many(rows), strict=True):
+        known = _kernels.setdefault(row, kernel)
+        if device.type == "cuda" and site(device) == get_target(row[2]):
+            load(known, device)
+    return [_kernels[row] for row in rows]
+
+
+def load(kernel: jit.CompiledKernel, device: torch.device) -> None:
+    """Load a kernel onto a CUDA device, by running it on zeros: CUDA loads code at its first launch."""
+    spec, (n, k) = kernel.spec, (2 * FRAGMENT_ROWS, CHUNK_K)
+    zeros = reference.quantize(torch.zeros(n, k, device=device))
+    weight = prepare(zeros, kernel.target, activation=spec.activation)
+    out_dtype, bias_dtype = TORCH[spec.out_dtype], TORCH.get(spec.bias)
+    bias = None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype, device=device)
+    if spec.activation == "nvfp4":
+        arguments = _arguments(weight, weight, bias, torch.empty(n, n, dtype=out_dtype, device=device))
+    else:
+        x, y = (torch.zeros(1, size, dtype=t, device=device) for size, t in ((k, torch.bfloat16), (n, out_dtype)))
+        arguments = (x, *linear_operands(weight), bias, y)
+    run(kernel, arguments)
 
 
 def _arguments(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> tuple[Any, ...]:

@@ -7,15 +7,18 @@ where its operands live (:mod:`nvfp4dsl.dispatch`): the oracle on a CPU, the rea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from nvfp4dsl import dispatch, eager, reference
 from nvfp4dsl.config import TileConfig
 from nvfp4dsl.dispatch import DEFAULT_OVERLAP
-from nvfp4dsl.errors import ModeError, OperandError
+from nvfp4dsl.errors import ModeError, OperandError, TargetError
 from nvfp4dsl.formats import NVFP4Tensor
+from nvfp4dsl.jit import CompiledKernel
 from nvfp4dsl.packing import prepare
-from nvfp4dsl.targets import Target
+from nvfp4dsl.targets import Target, get_target
 
 
 def quantize(
@@ -109,6 +112,59 @@ def linear(
             "the weight asks for a gradient, but an NVFP4 weight is frozen; train x, the bias or an adapter"
         )
     return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), bias, mode, overlap)
+
+
+def warmup(
+    weights: NVFP4Tensor | tuple[int, int] | Iterable[NVFP4Tensor | tuple[int, int]],
+    ms: int | Iterable[int],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: torch.dtype | None = None,
+    activation: str | None = None,
+    overlap: str = DEFAULT_OVERLAP,
+    target: str | None = None,
+) -> list[CompiledKernel]:
+    """Compile, in parallel, what :func:`linear` will need, and load it onto the device: so no call waits for the
+    compiler, and CUDA graphs can be captured at once, during which nothing may be compiled. Progress is logged at INFO.
+
+    >>> nv.warmup([layer.weight for layer in layers], [1, 2, 4, 8, 16])
+
+    Args:
+        weights: one or several; of each, the tensor or its (N, K).
+        ms: rows of x, one or several.
+        dtype: of x.
+        bias: dtype of the bias, None without one.
+        activation, overlap: as :func:`linear` will be given.
+        target: e.g. ``"sm_90a"``; by default that of the weight's device, for an (N, K) of the current CUDA device.
+            Kernels of another device's target are compiled into the cache on disk, which needs no GPU.
+
+    Returns:
+        The kernels, each once. Shapes share kernels: there are fewer of them than of shapes.
+
+    Raises:
+        TargetError: there is no such target, no device to take it from, or it has no kernel for the mode.
+        LaunchError: a CUDA graph is being captured.
+        CompileError, CacheError: as :func:`nvfp4dsl.compile`.
+    """
+    one = isinstance(weights, NVFP4Tensor) or (isinstance(weights, tuple) and all(isinstance(n, int) for n in weights))
+    rows = [ms] if isinstance(ms, int) else list(ms)
+    mode, requests = activation or "bf16", []
+    here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    for weight in [weights] if one else weights:  # type: ignore[list-item, union-attr]
+        if isinstance(weight, NVFP4Tensor):
+            here = weight.device
+        n, k = weight.shape[-2:] if isinstance(weight, NVFP4Tensor) else weight
+        own = dispatch.site(here)
+        at = get_target(target) if target else own
+        if at is None:
+            raise TargetError("there is no CUDA device to warm up for; name a target, e.g. target='sm_90a'")
+        if mode == "nvfp4" and "nvfp4" in at.mainloops:
+            spec = dispatch.gemm_spec(n, dtype, bias)
+        else:
+            spec = dispatch.linear_spec(k, dtype, bias, overlap)
+        sms = dispatch.sm_count(here) if at == own else dispatch.first_device_sms(at.name)
+        requests += [(spec, dispatch.choose_tile(spec, m, n, at.name, sms), at.name) for m in rows]
+    return dispatch.warm(requests, here)
 
 
 def _parts(t: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -139,10 +140,18 @@ def compile(spec: Any, tile: Any, target: str, *, builder: str | None = None) ->
 
 
 def compile_many(requests: Iterable[Sequence[Any]], **options: Any) -> list[CompiledKernel]:
-    """:func:`compile` of each (spec, tile, target), in parallel; the first error is raised after all have ended."""
+    """:func:`compile` of each (spec, tile, target), in parallel; the first error is raised after all have ended. Each
+    kernel that is ready is a line at INFO."""
     rows = list(requests)
+
+    def one(row: Sequence[Any]) -> CompiledKernel:
+        kernel = compile(*row, **options)
+        log.info("%d of %d kernels: %s", next(ready), len(rows), kernel)
+        return kernel
+
+    ready = itertools.count(1)
     with ThreadPoolExecutor(max_workers=max(1, len(rows))) as threads:
-        return [future.result() for future in [threads.submit(compile, *row, **options) for row in rows]]
+        return [future.result() for future in [threads.submit(one, row) for row in rows]]
 
 
 def _facts(product: Product, target: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The public operations on a CPU: values of the oracle, bad input, torch integration. No kernel is compiled here."""
 
+import copy
+
 import pytest
 import torch
 
@@ -156,3 +158,41 @@ def test_quantize_defaults_agree_with_the_reference():
     ours, oracle = nv.quantize(x), reference.quantize(x)
     assert torch.equal(ours.qdata, oracle.qdata)
     assert torch.equal(ours.scale.view(torch.uint8), oracle.scale.view(torch.uint8))
+
+
+def test_warmup_compiles_what_a_call_will_need(caplog):
+    caplog.set_level("INFO", logger="nvfp4dsl")
+    with nv.emulate("sm_90a") as emulation:
+        weight = nv.quantize(_random(40, 256, seed=1))
+        kernels = nv.warmup([weight, (24, 512)], [1, 2, 16])
+        assert "2 of 2 kernels" in caplog.text
+        assert nv.warmup(weight, 1) == kernels[:1]
+        caplog.clear()
+        for m in (1, 16):
+            nv.linear(_random(m, 256), weight)
+    assert [run.kernel for run in emulation.runs] == kernels
+    assert caplog.text == ""
+
+
+def test_warmup_for_another_target_needs_no_device():
+    (kernel,) = nv.warmup((64, 256), 4, activation="nvfp4", target="sm_121a", dtype=torch.float16)
+    assert (kernel.target, kernel.spec.activation, kernel.spec.out_dtype) == ("sm_121a", "nvfp4", "fp16")
+    if not torch.cuda.is_available():
+        with pytest.raises(nv.TargetError, match="target="):
+            nv.warmup((64, 256), 4)
+
+
+def test_how_far_a_kernel_runs_ahead_is_checked_and_changes_no_value():
+    x, weight = _random(3, 64), nv.quantize(_random(9, 64, seed=1))
+    for overlap in ("weights", "launch", "none"):
+        assert bits_differing(nv.linear(x, weight, overlap=overlap), nv.linear(x, weight)) == 0
+    with pytest.raises(nv.ModeError, match="'launch'"):
+        nv.linear(x, weight, overlap="all")
+
+
+def test_copies_have_no_remembered_calls():
+    weight = nv.quantize(_random(9, 64))
+    weight.__dict__["_launches"] = {"x": lambda: None}
+    for other in (copy.copy(weight), copy.deepcopy(weight)):
+        assert vars(other).keys() == vars(nv.quantize(_random(9, 64))).keys()
+        assert bits_differing(nv.dequantize(other), nv.dequantize(weight)) == 0
