@@ -168,15 +168,19 @@ def nvdisasm_path() -> str | None:
     return shutil.which("nvdisasm")
 
 
-def disassemble(image: bytes) -> str:
-    """The machine code of a cubin as text. :class:`CompileError` without a disassembler, or if it fails."""
+def disassemble(image: bytes, encodings: bool = False) -> str:
+    """The machine code of a cubin as text, with the 128-bit ``encodings`` if asked for.
+
+    Raises:
+        CompileError: there is no disassembler, or it fails.
+    """
     tool = nvdisasm_path()
     if tool is None:
         raise CompileError("reading machine code needs nvdisasm: pip install nvidia-cuda-nvdisasm")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(image)
-        done = subprocess.run([tool, "-c", str(path)], capture_output=True, text=True)
+        done = subprocess.run([tool, "-c", *(["-hex"] if encodings else []), str(path)], capture_output=True, text=True)
     if done.returncode != 0:
         raise CompileError(f"nvdisasm failed: {done.stderr.strip()}")
     return done.stdout

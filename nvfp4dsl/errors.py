@@ -45,6 +45,10 @@ class CompileError(NVFP4Error, RuntimeError):
     """The compiler refused a kernel, or the worker that ran it died."""
 
 
+class InspectError(NVFP4Error, ValueError):
+    """Machine code that the issue model cannot read, or a question it cannot answer."""
+
+
 class CacheError(NVFP4Error, RuntimeError):
     """The kernel cache cannot be read or written: permissions, ownership, a full disk, another target's object."""
 

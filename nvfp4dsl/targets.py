@@ -49,7 +49,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Device:
-    """A card. Rates are the vendor's: boost clock in GHz, memory in GB/s, dense FP4 (``None``: no FP4) in TFLOP/s."""
+    """A card. Rates are the vendor's: boost clock in GHz, memory in GB/s, dense FP4 (``None``: no FP4) and dense bf16
+    with fp32 accumulators in TFLOP/s."""
 
     name: str
     target: str
@@ -57,6 +58,7 @@ class Device:
     clock_ghz: float
     memory_gbps: float
     fp4_tflops: float | None
+    bf16_tflops: float
 
 
 TARGETS: dict[str, Target] = {
@@ -115,12 +117,24 @@ TARGETS: dict[str, Target] = {
 
 # Dense FP4 peak of the sm_12x cards: SMs x 4096 FLOP/clk x clock (one m16n8k64 OMMA per 16 clk and sub-core).
 DEVICES: tuple[Device, ...] = (
-    Device("RTX 5090", "sm_120a", 170, 2.407, 1792, 1676),
-    Device("RTX PRO 6000", "sm_120a", 188, 2.617, 1792, 2015),
-    Device("GB10", "sm_121a", 48, 2.5, 273, 490),
-    Device("B200", "sm_100a", 148, 1.85, 8000, 9000),
-    Device("H200", "sm_90a", 132, 1.98, 4800, None),
+    Device("RTX 5090", "sm_120a", 170, 2.407, 1792, 1676, 209.5),
+    Device("RTX PRO 6000", "sm_120a", 188, 2.617, 1792, 2015, 503.8),
+    Device("GB10", "sm_121a", 48, 2.5, 273, 490, 125),
+    Device("B200", "sm_100a", 148, 1.85, 8000, 9000, 2250),
+    Device("H200", "sm_90a", 132, 1.98, 4800, None, 989),
 )
+
+
+def get_device(name: str) -> Device:
+    """The card called ``name``, e.g. ``"RTX 5090"``; case does not matter.
+
+    Raises:
+        TargetError: there is no such row; the message lists the known ones.
+    """
+    for device in DEVICES:
+        if device.name.lower() == name.lower():
+            return device
+    raise TargetError(f"unknown device {name!r}; known devices: {', '.join(device.name for device in DEVICES)}")
 
 
 def get_target(name: str) -> Target:

@@ -10,6 +10,7 @@ from nvfp4dsl.cli.bench import bench
 from nvfp4dsl.cli.cache import cache
 from nvfp4dsl.cli.demo import demo
 from nvfp4dsl.cli.doctor import doctor
+from nvfp4dsl.cli.inspect import inspect_
 from nvfp4dsl.cli.kernels import compile_, emulate
 from nvfp4dsl.cli.output import Group
 from nvfp4dsl.cli.patches import patches
@@ -23,5 +24,5 @@ def main(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
 
 
-for command in (doctor, demo, bench, compile_, emulate, cache, patches):
+for command in (doctor, demo, bench, compile_, emulate, inspect_, cache, patches):
     main.add_command(command)

@@ -1,6 +1,6 @@
 """Compiles NVIDIA's public sm_120 block-scaled GEMM for sm_121a, with no GPU: an object and its PTX in a folder.
 
-    python nvidia_example.py EXAMPLE.py FOLDER Float32|BFloat16|Float16
+    python nvidia_example.py EXAMPLE.py FOLDER Float32|BFloat16|Float16 [TILE_K]
 
 EXAMPLE.py is ``examples/python/CuTeDSL/cute/blackwell_geforce/kernel/blockscaled_gemm/
 dense_blockscaled_gemm_persistent_cooperative.py`` of a CUTLASS checkout. Nothing of it is kept in this repository.
@@ -14,7 +14,7 @@ from pathlib import Path
 SYMBOL = "nvidia_example"
 
 
-def main(example: Path, folder: Path, out_type: str) -> None:
+def main(example: Path, folder: Path, out_type: str, tile_k: int = 128) -> None:
     os.environ.update(CUTE_DSL_ARCH="sm_121a", CUTE_DSL_DUMP_DIR=str(folder))
     sys.path.insert(0, str(example.parent))
     import cutlass
@@ -37,7 +37,7 @@ def main(example: Path, folder: Path, out_type: str) -> None:
 
     a, b = (fake(cutlass.Float4E2M1FN, (rows, k, batch), (1, 0, 2)) for rows in (m, n))
     c = fake(getattr(cutlass, out_type), (m, n, batch), (1, 0, 2))
-    gemm = module.Sm120BlockScaledGemmKernel(cutlass.Float32, 16, (128, 128, 128), (64, 32))
+    gemm = module.Sm120BlockScaledGemmKernel(cutlass.Float32, 16, (128, 128, tile_k), (64, 32))
     stream = make_fake_stream(use_tvm_ffi_env_stream=False)
     compiled = cute.compile(
         gemm, a, b, scales(), scales(), c, 48, stream, options="--enable-tvm-ffi --keep-ptx --keep-cubin"
@@ -48,4 +48,4 @@ def main(example: Path, folder: Path, out_type: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))

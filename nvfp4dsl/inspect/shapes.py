@@ -1,0 +1,155 @@
+"""From a main loop to the time of a problem on a card: waves, bytes, and who would be faster in bf16."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan
+from nvfp4dsl.constants import BLOCK
+from nvfp4dsl.errors import InspectError
+from nvfp4dsl.inspect import rates
+from nvfp4dsl.inspect.report import NOTE, Report
+from nvfp4dsl.targets import Device
+
+#: bytes of an NVFP4 element: half a byte of code and its share of a block scale.
+NVFP4_BYTES = 0.5 + 1 / BLOCK
+#: share of the vendor's memory bandwidth that a streaming kernel reaches (4.3 of 4.8 TB/s on an H200).
+MEMORY_EFFICIENCY = 0.9
+#: share of the dense bf16 peak that cuBLAS reaches (790 of 989 TFLOP/s on an H200).
+BF16_EFFICIENCY = 0.8
+#: microseconds of a call that moves nothing, and from then until the first loads have landed.
+LAUNCH_US, FILL_US = 1.1, 0.9
+#: largest M that the search for the point where bf16 overtakes looks at.
+MAX_M = 1 << 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The model's figures for one problem on one card.
+
+    Attributes:
+        device, m, n, k: what was asked.
+        tiles, ctas, waves: output tiles; CTAs that run at a time; how often each of those works on a tile.
+        bytes: read and written once.
+        compute_us, l2_us, memory_us: what each would take alone, without the launch.
+        bound: which of them is the longest.
+        predicted_us: launch, fill, and the longest.
+        bf16_us: the same work by a good bf16 GEMM.
+        bf16_overtakes_at_m: least M from which on that is faster; None if it never is.
+    """
+
+    device: str
+    m: int
+    n: int
+    k: int
+    tiles: int
+    ctas: int
+    waves: int
+    bytes: int
+    compute_us: float
+    l2_us: float
+    memory_us: float
+    bound: str
+    predicted_us: float
+    tflops: float
+    bf16_us: float
+    bf16_overtakes_at_m: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """A flat mapping."""
+        return {**asdict(self), "note": NOTE}
+
+
+def predict(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -> Prediction:
+    """What ``M x N x K`` takes with this kernel on ``device``. A model; nothing is measured.
+
+    Raises:
+        InspectError: the rate of the kernel's MMA is unknown.
+    """
+    parts = _parts(report, plan, device, m, n, k)
+    total, bf16 = _total_us(parts), bf16_us(device, m, n, k)
+    tiles, ctas, waves = _waves(plan, device, m, n)
+    return Prediction(
+        device=device.name,
+        m=m,
+        n=n,
+        k=k,
+        tiles=tiles,
+        ctas=ctas,
+        waves=waves,
+        bytes=round(_bytes(plan.spec, m, n, k)),
+        compute_us=parts["compute"],
+        l2_us=parts["l2"],
+        memory_us=parts["memory"],
+        bound=max(parts, key=parts.__getitem__),
+        predicted_us=total,
+        tflops=2 * m * n * k / total * 1e-6,
+        bf16_us=bf16,
+        bf16_overtakes_at_m=_overtaken(report, plan, device, n, k),
+    )
+
+
+def bf16_us(device: Device, m: int, n: int, k: int) -> float:
+    """The same problem with bf16 weights, by a GEMM that reaches the usual share of the card's peaks."""
+    memory = 2 * (m * k + n * k + m * n) / (device.memory_gbps * MEMORY_EFFICIENCY) * 1e-3
+    compute = 2 * m * n * k / (device.bf16_tflops * BF16_EFFICIENCY) * 1e-6
+    return LAUNCH_US + FILL_US + max(memory, compute)
+
+
+def _total_us(parts: dict[str, float]) -> float:
+    return LAUNCH_US + FILL_US + max(parts.values())
+
+
+def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -> dict[str, float]:
+    """Microseconds of each resource."""
+    if report.mma_shape is None or report.mma_cycles is None:
+        raise InspectError(f"the rate of {report.mma} on sm_{report.sm} is unknown, so no time can be predicted")
+    tile = plan.tile
+    tiles, ctas, waves = _waves(plan, device, m, n)
+    resident = -(-ctas // device.sms)
+    extent = -(-k // tile.k) * tile.k
+    macs = math.prod(report.mma_shape)
+    mmas = tile.m * tile.n * extent / macs / rates.SUB_CORES
+    cycles = waves * resident * (mmas * report.cycles_per_mma_with(resident)) + waves * report.tile_overhead_cycles
+    busy = min(ctas, device.sms)
+    operands = tiles * (_x_bytes(plan.spec, tile.m, k) + tile.n * k * NVFP4_BYTES)
+    return {
+        "compute": cycles / device.clock_ghz * 1e-3,
+        "l2": operands / (busy * rates.L2_BYTES_PER_CLOCK * device.clock_ghz) * 1e-3,
+        "memory": _bytes(plan.spec, m, n, k) / (device.memory_gbps * MEMORY_EFFICIENCY) * 1e-3,
+    }
+
+
+def _waves(plan: Plan, device: Device, m: int, n: int) -> tuple[int, int, int]:
+    """(output tiles, CTAs that run at a time, tiles that the busiest of them computes)."""
+    tiles = -(-m // plan.tile.m) * -(-n // plan.tile.n)
+    ctas = min(tiles, device.sms * plan.ctas_per_sm)
+    return tiles, ctas, -(-tiles // ctas)
+
+
+def _x_bytes(spec: GemmSpec, m: int, k: int) -> float:
+    return m * k * (NVFP4_BYTES if spec.activation == "nvfp4" else 2)
+
+
+def _bytes(spec: GemmSpec, m: int, n: int, k: int) -> float:
+    return _x_bytes(spec, m, k) + n * k * NVFP4_BYTES + m * n * FLOAT_BYTES[spec.out_dtype]
+
+
+def _overtaken(report: Report, plan: Plan, device: Device, n: int, k: int) -> int | None:
+    """Least multiple of the tile's M from which on bf16 stays ahead, looked for by doubling and halving."""
+
+    def behind(m: int) -> bool:
+        return _total_us(_parts(report, plan, device, m, n, k)) > bf16_us(device, m, n, k)
+
+    step, high = plan.tile.m, plan.tile.m
+    while high <= MAX_M and not behind(high):
+        high *= 2
+    if high > MAX_M:
+        return None
+    low = high // 2
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (low, middle) if behind(middle) else (middle, high)
+    return high
