@@ -60,6 +60,7 @@ def quantize(
     per_matrix: bool = False,
     linear_scales: bool = False,
     saturation: torch.Tensor | None = None,
+    tile: QuantizeTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """x, quantized by the kernel where it lives: the numbers of :func:`nvfp4dsl.reference.quantize`.
 
@@ -69,8 +70,9 @@ def quantize(
         global_scale: fp32 [] or, one for each matrix, [...]; None takes x's own.
         layout: ``"blackwell"`` or ``"canonical"``.
         per_matrix: x's own global scales are one for each matrix.
-        linear_scales: return the scales in canonical order too.
+        linear_scales: return the scales in canonical order too, if ``layout`` is another.
         saturation: int64 [2], to which the numbers of saturated blocks and of blocks are added.
+        tile: force one; by default :func:`choose_tile`.
 
     Returns:
         Codes and scale bytes in that layout; the global scale if it is x's own, else None; the linear scales or None.
@@ -90,7 +92,7 @@ def quantize(
         return codes, scales, own, linear
     rows, matrices = _aligned(x), math.prod(batch)
     sms = dispatch.sm_count(x.device)
-    tile = choose_tile(matrices * m, k // BLOCK, sms)
+    tile = tile or choose_tile(matrices * m, k // BLOCK, sms)
     spec = QuantizeSpec(
         dtype=dispatch.FLOATS[x.dtype],
         layout=layout,
@@ -136,7 +138,7 @@ def empty(x: torch.Tensor, layout: str, linear_scales: bool) -> tuple[torch.Tens
         raise LayoutError(f"layout is {layout!r}; quantization writes {', '.join(map(repr, LAYOUTS))}")
     *batch, m, k = x.shape
     qdata, scale = STORAGES[layout].shapes(m, k)
-    linear = x.new_empty((*batch, m, k // BLOCK), dtype=torch.uint8) if linear_scales else None
+    linear = x.new_empty((*batch, m, k // BLOCK), dtype=torch.uint8) if linear_scales and layout != CANONICAL else None
     return (
         x.new_empty((*batch, *qdata), dtype=torch.uint8),
         x.new_empty((*batch, *scale), dtype=torch.uint8),

@@ -14,7 +14,8 @@ Strategies are `hypothesis <https://hypothesis.readthedocs.io>`_ strategies, and
         testing.assert_matches_cute(my_layout, lambda: cute.make_layout(...))
 
 Strategies: :func:`ks`, :func:`shapes`, :func:`tiles`, :func:`tensors`, :func:`nvfp4_tensors`,
-:func:`representable_tensors`, :func:`scale_layouts`.
+:func:`representable_tensors`, :func:`tie_tensors`, :func:`scale_layouts`.
+:func:`near_ties` makes such without hypothesis.
 Checks: :func:`relative_error`, :func:`element_error`, :func:`assert_close`, :func:`bits_differing`,
 :func:`assert_identical`, :func:`assert_bijective`, :func:`assert_matches_cute`.
 
@@ -114,6 +115,49 @@ def tensors(
         return x.clamp(-largest, largest).to(dtype).reshape(size)
 
     return build()
+
+
+def near_ties(
+    dtype: torch.dtype, exponent: int, matrices: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x [L, 3, 32], global scales fp32 [L]) whose quotients lie at, or next to, where rounding changes its mind.
+
+    For each matrix a global scale of 24 bits is sought with which some value of ``dtype``, about 2^exponent, is to the
+    last bit at a midpoint of e2m1 times a block's step, or a block's largest at a midpoint of e4m3.
+    """
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    scales = torch.arange(1, _NAN_SCALE, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]).double()
+    value = (2.0**exponent * (1 + uniform(matrices))).to(dtype).double()
+    index = integers(0, len(scales) - 1, matrices)
+    scale, middle = scales[index], (scales[index] + scales[index + 1]) / 2
+    of_code, of_scale = value / (ties[integers(0, len(ties), matrices)] * scale), value / (6 * middle)
+    global_scale = torch.where(uniform(matrices) < 0.7, of_code, of_scale).float()
+
+    x = value[:, None, None] * torch.exp2(integers(-3, 2, matrices, 3, 32).double())
+    at_ties = (scale.float() * global_scale).double()[:, None] * ties
+    x[:, 1, :7], x[:, 1, 16:23] = at_ties, -at_ties
+    x[:, :, 0], x[:, :, 16] = (6 * scale * global_scale.double())[:, None], value[:, None]
+    x[:, 2, 1] = -0.0
+    near = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    bits = near.view(torch.int16)
+    inner = ((bits & 0x7FFF) > 1) & (near.abs() < torch.finfo(dtype).max) & (uniform(*near.shape) < 0.5)
+    ulps = integers(-1, 2, *near.shape).to(torch.int16)
+    return torch.where(inner, bits + ulps, bits).view(dtype), global_scale
+
+
+def tie_tensors(
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float16), matrices: int = 24
+) -> SearchStrategy[tuple[torch.Tensor, torch.Tensor]]:
+    """What :func:`near_ties` makes."""
+    st = _strategies()
+    return st.builds(near_ties, st.sampled_from(list(dtypes)), st.integers(-6, 8), st.just(matrices), _seeds())
 
 
 def _global_scales() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from nvfp4dsl.config.spec import FLOAT_BYTES, WARP
@@ -70,6 +71,14 @@ class QuantizeTile:
     @property
     def cta_rows(self) -> int:
         return self.row_step * self.rows
+
+    @classmethod
+    def parse(cls, text: str) -> QuantizeTile:
+        """``"32x2/256"``: blocks, rows and threads."""
+        match = re.fullmatch(r"(\d+)x(\d+)/(\d+)", text.strip())
+        if match is None:
+            raise TileError(f"cannot read tile {text!r}; write BLOCKSxROWS/THREADS, e.g. 32x2/256")
+        return cls(*(int(number) for number in match.groups()))
 
     def __str__(self) -> str:
         return f"{self.blocks}x{self.rows}/{self.threads}"

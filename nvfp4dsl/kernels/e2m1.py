@@ -162,9 +162,9 @@ def store_global_u8(address: Int64, x: Int32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def add_global(address: Int64, x: Int32, *, loc=None, ip=None) -> None:
-    """Add to a 32-bit integer in global memory, atomically."""
-    _asm(None, [address, x], "red.global.add.u32 [$0], $1;", "l,r", pure=False, loc=loc, ip=ip)
+def add_global(address: Int64, x: Int64, *, loc=None, ip=None) -> None:
+    """Add to a 64-bit integer in global memory, atomically."""
+    _asm(None, [address, x], "red.global.add.u64 [$0], $1;", "l,l", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op

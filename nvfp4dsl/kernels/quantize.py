@@ -153,8 +153,8 @@ class Quantize:
 
     Call arguments: ``x`` (L, M, K), K contiguous, rows on 16 bytes; ``partials`` (G, P) fp32 or None;
     ``global_scale`` (L) fp32, any stride, read, or (G) written if dynamic; ``codes`` (L, M, bytes) u8; ``scales``
-    u8, (L, ceil(M/128), ceil(K/64), 512) or canonical (L, M, K/16); ``linear`` (L, M, K/16) u8 or None; ``saturated``
-    (1) int32, added to, or None. Pads are written, with zeros.
+    u8, (L, ceil(M/128), ceil(K/64), 512) or canonical (L, M, K/16); ``linear`` (L, M, K/16) u8 or None; ``saturation``
+    (2) int64 or None, to which the numbers of saturated blocks and of blocks are added. Pads are written, with zeros.
 
     Values that are not finite: an infinity is like any value too large, +-6 of the largest scale; a NaN makes its
     block's scale NaN and its codes 7. A global scale that is not finite and positive makes every scale NaN.
@@ -172,14 +172,14 @@ class Quantize:
         codes: cute.Tensor,
         scales: cute.Tensor,
         linear: cute.Tensor | None,
-        saturated: cute.Tensor | None,
+        saturation: cute.Tensor | None,
         stream,
     ):
         out = Destination(self.plan, x.shape[2], codes, scales, linear)
         tile = self.plan.tile
         k_tiles = cute.ceil_div(out.padded_blocks, tile.blocks)
         row_tiles = cute.ceil_div(out.padded_rows, tile.cta_rows)
-        self.kernel(x, partials, global_scale, codes, scales, linear, saturated).launch(
+        self.kernel(x, partials, global_scale, codes, scales, linear, saturation).launch(
             grid=[k_tiles * row_tiles, x.shape[0], 1],
             block=[tile.threads, 1, 1],
             stream=stream,
@@ -195,7 +195,7 @@ class Quantize:
         mCodes: cute.Tensor,
         mScales: cute.Tensor,
         mLinear: cute.Tensor | None,
-        mSaturated: cute.Tensor | None,
+        mSaturation: cute.Tensor | None,
     ):
         _overlap_launches()
         plan, tile = self.plan, self.plan.tile
@@ -211,12 +211,14 @@ class Quantize:
             scaling = Scaling(plan, _dynamic_scale(plan, mPartials, mGlobal, batch, thread, item == 0))
         else:
             scaling = Scaling(plan, mGlobal[batch])
+        if cutlass.const_expr(plan.spec.count):
+            _count_blocks(mSaturation, Int64(source.rows) * source.blocks, item == 0 and thread == 0)
         for r, words in zip(rows, raw, strict=True):
             values = source.values(words)
             low, high, scale, wanted = scaling.quantize(values, source.magnitude(words))
             out.store(batch, r, block, low, high, scale)
             if cutlass.const_expr(plan.spec.count):
-                _count(mSaturated, wanted > SATURATED)
+                _count_saturated(mSaturation, wanted > SATURATED)
 
 
 @cute.jit
@@ -237,10 +239,16 @@ def _dynamic_scale(plan, mPartials: cute.Tensor, mGlobal: cute.Tensor, batch, th
 
 
 @cute.jit
-def _count(mSaturated: cute.Tensor, saturated):
+def _count_blocks(mSaturation: cute.Tensor, number: Int64, once):
+    if once:
+        add_global(Int64(mSaturation.iterator.toint()) + 8, number)
+
+
+@cute.jit
+def _count_saturated(mSaturation: cute.Tensor, saturated):
     number = cute.arch.popc(cute.arch.vote_ballot_sync(saturated))
     if cute.arch.lane_idx() == 0 and number > 0:
-        add_global(Int64(mSaturated.iterator.toint()), Int32(number))
+        add_global(Int64(mSaturation.iterator.toint()), Int64(number))
 
 
 class Rows:
@@ -395,7 +403,7 @@ def build(spec: QuantizeSpec, tile: QuantizeTile, target: str) -> tuple[Quantize
         _compact(Uint8, batch, m, cute.sym_int(divisibility=BLOCK_BYTES)),
         swizzled if spec.layout == "blackwell" else linear,
         linear if spec.linear else None,
-        _compact(Int32, 1) if spec.count else None,
+        _compact(Int64, 2) if spec.count else None,
         stream,
     )
 

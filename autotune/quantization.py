@@ -1,0 +1,140 @@
+"""``python -m nvfp4dsl.autotune.quantization``: the quantization kernels against a plain copy of the same bytes, and
+against ``torch.compile`` of the reference. Prints a table; microseconds a call, in a CUDA graph, operands from memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4dsl import quantization, reference
+from nvfp4dsl.autotune.measure import Call, WrongResultError, compare, l2_bytes, provenance, rotation
+from nvfp4dsl.config.quantize import QuantizeTile
+from nvfp4dsl.constants import BLOCK
+from nvfp4dsl.formats import CANONICAL
+from nvfp4dsl.packing import BLACKWELL, prepare
+
+SHAPES = "1x7168,16x7168,128x7168,1024x4096,4096x7168,8192x7168,16384x4096"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """bf16 [m, k] to NVFP4, by a given global scale or x's own."""
+
+    m: int
+    k: int
+    dynamic: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Read and written by a kernel that touches each byte once, pads left out."""
+        return self.m * self.k * 2 + self.m * self.k // 2 + self.m * self.k // BLOCK
+
+    def operands(self) -> list[torch.Tensor]:
+        generator = torch.Generator("cuda").manual_seed(0)
+        count = rotation(self.bytes, l2_bytes())
+        shape = (self.m, self.k)
+        return [torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(count)]
+
+
+class Copy:
+    """A device copy that reads and writes as many bytes in all."""
+
+    name = "copy"
+
+    def setup(self, problem: Rows) -> Sequence[Call]:
+        half = problem.bytes // 2 // 16 * 16
+        sources = [torch.randint(0, 128, (half,), dtype=torch.uint8, device="cuda") for _ in problem.operands()]
+        targets = [torch.empty_like(source) for source in sources]
+        return [lambda s=s, t=t: t.copy_(s).view(torch.float32) for s, t in zip(sources, targets, strict=True)]
+
+    def check(self, problem: Rows, outputs: Sequence[torch.Tensor | None]) -> float:
+        return 0.0
+
+
+class Quantizer:
+    """One that writes codes and scales; it is right if the codes are, bit for bit."""
+
+    def __init__(self, name: str, layout: str) -> None:
+        self.name, self.layout = name, layout
+
+    def setup(self, problem: Rows) -> Sequence[Call]:
+        self._x = problem.operands()
+        scale = None if problem.dynamic else torch.full((), 0.002, device="cuda")
+        self._scale = scale
+        return [lambda x=x: self.codes(x, scale).view(torch.float32) for x in self._x]
+
+    def codes(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def check(self, problem: Rows, outputs: Sequence[torch.Tensor | None]) -> float:
+        for x, output in zip(self._x[:2], outputs[:2], strict=True):
+            expected = reference.quantize(x, self._scale)
+            if self.layout == BLACKWELL:
+                expected = prepare(expected, "sm_121a")
+            wrong = int((output.view(torch.uint8) != expected.qdata).sum())  # type: ignore[union-attr]
+            if wrong:
+                raise WrongResultError(f"{wrong} bytes of codes differ", wrong)
+        return 0.0
+
+
+class Ours(Quantizer):
+    """The kernels of this project."""
+
+    def __init__(self, layout: str = BLACKWELL, tile: QuantizeTile | None = None) -> None:
+        super().__init__(f"ours {layout}" + (f" {tile}" if tile else ""), layout)
+        self._tile = tile
+
+    def codes(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return quantization.quantize(x, scale, layout=self.layout, tile=self._tile)[0]
+
+
+class Compiled(Quantizer):
+    """``torch.compile`` of the reference, in canonical layout: it is spared the swizzle."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.compile", CANONICAL)
+        self._compiled = torch.compile(_reference, dynamic=False)
+
+    def codes(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return self._compiled(x, scale)[0]
+
+
+def _reference(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    t = reference.quantize(x, scale)
+    return t.qdata, t.scale, t.global_scale
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", default=SHAPES, help="MxK, comma-separated")
+    parser.add_argument("--tiles", default="", help="also time these tiles, BLOCKSxROWS/THREADS, comma-separated")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args()
+    facts = provenance()
+    print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, commit {facts['commit']}")
+    tiles = [QuantizeTile.parse(text) for text in options.tiles.split(",") if text]
+    for text, dynamic in itertools.product(options.shapes.split(","), (False, True)):
+        problem = Rows(*(int(number) for number in text.split("x")), dynamic)
+        peers: list = [Copy(), Ours(), Ours(CANONICAL), *(Ours(tile=tile) for tile in tiles)]
+        if not options.no_compile:
+            peers.append(Compiled())
+        results = compare(peers, problem, rounds=options.rounds)
+        copy = results["copy"].timing
+        for name, result in results.items():
+            line = f"{text:>12} {'dynamic' if dynamic else 'given':8} {name:24} "
+            if result.timing is None or copy is None:
+                print(f"{line} {result.status} {result.message}", flush=True)
+                continue
+            us = result.timing.us
+            print(f"{line} {us:8.2f} us {problem.bytes / us / 1e3:7.0f} GB/s {copy.us / us:6.2f} of copy", flush=True)
+        torch.compiler.reset()
+
+
+if __name__ == "__main__":
+    main()
