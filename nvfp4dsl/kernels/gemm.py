@@ -1,5 +1,7 @@
 """The GEMM: one persistent, warp-specialised algorithm for every target; the inner loop is a parameter."""
 
+from collections.abc import Callable
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -44,7 +46,7 @@ class Gemm:
     device's SMs).
     """
 
-    def __init__(self, plan: Plan, mainloop: type[Mainloop]):
+    def __init__(self, plan: Plan, mainloop: Callable[[Plan], Mainloop]):
         self.plan = plan
         self.mainloop = mainloop
 
@@ -132,12 +134,12 @@ class Gemm:
         )
 
         first, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        schedule = PersistentSchedule(plan, mC, stride)
         k_tiles = cute.ceil_div(mA.shape[1], k // 2)
         if warp >= plan.mma_warps:
             if cutlass.const_expr(plan.registers):
                 cute.arch.setmaxregister_decrease(plan.registers[1])
             if warp == plan.mma_warps:
+                schedule = PersistentSchedule(plan, mC, stride)
                 Producer(plan, schedule, ring).run(
                     first,
                     stride,
@@ -156,6 +158,7 @@ class Gemm:
             if cutlass.const_expr(plan.spec.aligned_rows):
                 epilogue.bind_store(tma_c, mC_tma, sX["c"])
             ring_start = Stage(**{name: shared_address(smem[name]) for name in ("a", "b", "sfa", "sfb")})
+            schedule = PersistentSchedule(plan, mC, stride)
             Consumer(plan, schedule, ring, mainloop, epilogue).run(first, stride, k_tiles, ring_start)
 
     def _smem_layouts(self) -> dict:

@@ -101,9 +101,16 @@ def stmatrix(address: Int32, words: Sequence[Int32], *, transposed: bool = False
 
 
 @dsl_user_op
-def load_shared(address: Int32, *, loc=None, ip=None) -> Int32:
+def multiply_add(x: Int32, factor: int, y: Int32, *, loc=None, ip=None) -> Int32:
+    """``x * factor + y`` in one instruction: spelled out where the compiler would share the product instead."""
+    text = f"mad.lo.s32 $0, $1, {factor}, $2;"
+    return Int32(_asm(T.i32(), [x, y], text, "=r,r,r", pure=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def load_shared(address: Int32, *, loc=None, ip=None) -> tuple[Int32]:
     """A 32-bit word from shared memory."""
-    return Int32(_asm(T.i32(), [address], "ld.shared.b32 $0, [$1];", "=r,r", pure=False, loc=loc, ip=ip))
+    return (Int32(_asm(T.i32(), [address], "ld.shared.b32 $0, [$1];", "=r,r", pure=False, loc=loc, ip=ip)),)
 
 
 @dsl_user_op
@@ -282,3 +289,10 @@ def bulk_load(destination: Int32, source: Int64, size: Int32, barrier: Int32, *,
         loc=loc,
         ip=ip,
     )
+
+
+@dsl_user_op
+def load_cluster_v4(address: Int32, *, loc=None, ip=None) -> tuple[Float32, Float32, Float32, Float32]:
+    """Four neighbouring fp32 values from a :func:`cluster_address`, which is a multiple of 16."""
+    text = "ld.shared::cluster.v4.f32 {$0,$1,$2,$3}, [$4];"
+    return _asm_tuple(Float32, 4, [address], text, "=f,=f,=f,=f,r", pure=False, loc=loc, ip=ip)

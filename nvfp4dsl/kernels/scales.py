@@ -29,7 +29,7 @@ def first_word(tile: Int32, extent: int) -> Int32:
     return tile * extent % SCALE_ATOM_ROWS // LINES * WORD_BYTES
 
 
-def word_offset(row: Int32, extent: int, k: int) -> Int32:
+def word_offset(row: int | Int32, extent: int, k: int) -> int | Int32:
     """Byte offset of the word that scales the first 64 k of a tile's ``row``; further ones are an atom's box apart."""
     atom_bytes, along_k, _ = scale_box(extent, k)
     line, word, atom = row % LINES, row // LINES % WORDS, row // SCALE_ATOM_ROWS

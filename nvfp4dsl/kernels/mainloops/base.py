@@ -5,6 +5,7 @@ the instruction's. Where operands are swapped, those are weight rows and tokens;
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from nvfp4dsl.kernels.schedule import TileCoord
 
 @dataclass(frozen=True)
 class Stage:
-    """Shared-memory addresses of one filled stage of the load ring: codes and scales of the instruction's A and B."""
+    """Shared-memory addresses of a stage of the load ring: codes and scales of the instruction's A and B."""
 
     a: Int32
     b: Int32
@@ -25,7 +26,7 @@ class Stage:
 
 
 class Mainloop(ABC):
-    """Multiplies one stage of operands into the accumulators.
+    """Multiplies operands into the accumulators.
 
     Two facts fix how the rest of the kernel treats an inner loop; a third, whether operands are swapped, is the plan's:
 
@@ -67,6 +68,19 @@ class Mainloop(ABC):
         """Slot 0 of the ring as this output tile reads it; ``first`` is where the slot begins."""
         return first
 
+    @property
     @abstractmethod
-    def multiply(self, accumulators: Any, stage: Stage) -> None:
-        """Accumulate the whole K extent of one stage."""
+    def steps(self) -> int:
+        """Into how many steps along K a stage is cut: what is loaded while the step before is multiplied."""
+
+    @abstractmethod
+    def make_words(self) -> Any:
+        """Registers for what one :meth:`load` returns."""
+
+    @abstractmethod
+    def load(self, buffers: Stage, slot: Int32, step: int) -> list[Int32]:
+        """The words of one step of ring slot ``slot`` that this lane multiplies; ``buffers``: from :meth:`buffers`."""
+
+    @abstractmethod
+    def multiply(self, accumulators: Any, words: Sequence[Int32], part: slice = slice(None)) -> None:
+        """Accumulate one step, or the ``part`` of its instructions."""

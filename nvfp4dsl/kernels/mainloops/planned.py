@@ -1,34 +1,20 @@
 """Inner loops that are still to come: each states where it fits the interface, and refuses to be built."""
 
-from typing import Any, ClassVar, Literal
-
-from cutlass import Int32
+from typing import ClassVar, Literal
 
 from nvfp4dsl.config import Plan
 from nvfp4dsl.errors import TargetError
-from nvfp4dsl.kernels.mainloops.base import Mainloop, Stage
+from nvfp4dsl.kernels.mainloops.base import Mainloop
 
 
 class PlannedMainloop(Mainloop):
     """An inner loop without a body."""
 
-    def __init__(self, plan: Plan):
+    def __new__(cls, plan: Plan) -> "PlannedMainloop":
         raise TargetError(
-            f"{type(self).__name__} is not built yet; W4A4 runs on sm_120a and sm_121a (OmmaMainloop), W4A16 on "
-            "every target (nvfp4dsl.kernels.skinny)"
+            f"{cls.__name__} is not built yet; W4A4 runs on sm_120a and sm_121a (OmmaMainloop), W4A16 on every target "
+            "(nvfp4dsl.kernels.skinny)"
         )
-
-    def bind(self, warp: Int32, lane: Int32) -> None:
-        raise NotImplementedError
-
-    def make_accumulators(self) -> Any:
-        raise NotImplementedError
-
-    def clear(self, accumulators: Any) -> None:
-        raise NotImplementedError
-
-    def multiply(self, accumulators: Any, stage: Stage, row_half: Int32) -> None:
-        raise NotImplementedError
 
 
 class WgmmaMainloop(PlannedMainloop):
