@@ -84,7 +84,7 @@ class ClusterBarriers:
             _Barrier(set(range(first, first + clocks.warp_agents)), self._nothing(), self._nothing())
             for first in range(0, warps, clocks.warp_agents)
         ]
-        self.due: dict[int, int] = {}  # warp -> the phase that it has arrived in and must wait for
+        self.due: dict[int, tuple[int, bool]] = {}  # warp -> the phase that it must wait for, whether it released
 
     def _nothing(self) -> Knowledge:
         return Knowledge.nothing(self.clocks.capacity)
@@ -98,19 +98,20 @@ class ClusterBarriers:
         barrier = self._of(warp)
         barrier.gathering.join(self.clocks.release(warp) if release else self.clocks.relaxed(warp))
         barrier.arrived.add(warp)
-        self.due[warp] = barrier.phase
+        self.due[warp] = barrier.phase, release
         self._settle(barrier)
 
     def passed(self, warp: int) -> bool:
         """Whether the phase that the warp arrived in is complete."""
         if warp not in self.due:
             raise ClusterMisuse("a warp waits at the cluster barrier without having arrived", warp=warp)
-        return self._of(warp).phase > self.due[warp]
+        return self._of(warp).phase > self.due[warp][0]
 
-    def leave(self, warp: int) -> None:
-        """The wait is over: order what the phase released before the warp's next steps."""
-        del self.due[warp]
+    def leave(self, warp: int) -> bool:
+        """The wait is over: order what the phase released before the warp's next steps. Whether its own lanes had
+        released what came before."""
         self.clocks.acquire(warp, self._of(warp).released)
+        return self.due.pop(warp)[1]
 
     def exits(self, warp: int) -> None:
         """All threads of a warp have exited."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import struct
 import sys
@@ -40,10 +41,38 @@ DEADLOCK_SECONDS = 20.0
 
 # CUdevice_attribute, CUfunction_attribute and CUjit_option of cuda.h.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _SMEM_OPTIN = 75, 76, 97
-_MAX_DYNAMIC_SMEM = 8
+_MAX_DYNAMIC_SMEM, _NON_PORTABLE_CLUSTER = 8, 14
 _NUM_REGS = 4
+_CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
 _JIT_ERROR_LOG, _JIT_ERROR_LOG_BYTES = 5, 6
 _NOT_READY = 600
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_uint32), ("padding", ctypes.c_uint32), ("value", ctypes.c_uint32 * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("smem_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint32),
+    )
+
+
+def _config(launch: Launch) -> _LaunchConfig:
+    """The launch as the driver takes it; an attribute says what clusters it has."""
+    value = (ctypes.c_uint32 * 16)(*launch.cluster)
+    attributes = (_LaunchAttribute * 1)(_LaunchAttribute(_CLUSTER_DIMENSION, 0, value))
+    grid, block = (ctypes.c_uint32 * 3)(*launch.grid), (ctypes.c_uint32 * 3)(*launch.block)
+    return _LaunchConfig(grid, block, launch.smem_bytes, None, attributes, int(math.prod(launch.cluster) > 1))
 
 
 @dataclass
@@ -75,8 +104,6 @@ def run(ptx: str, launch: Launch, *, device: int = 0) -> HopperReport:
     entries = parse(text)
     if launch.kernel not in entries:
         raise LaunchError(f"the PTX has no entry {launch.kernel!r}; it has {', '.join(entries)}")
-    if launch.cluster != (1, 1, 1):
-        raise LaunchError(f"the launch has clusters of {launch.cluster}; only launches without clusters are made here")
     with _Driver(device) as driver:
         addresses = {buffer.name: driver.upload(buffer) for buffer in launch.buffers}
         params = relocate(entries[launch.kernel].params, launch, addresses)
@@ -225,8 +252,10 @@ class _Driver:
         # Descriptors among the parameters are 64-byte aligned in the driver's copy; here any address serves.
         images = [ctypes.create_string_buffer(value, len(value)) for value in params]
         pointers = (ctypes.c_void_p * len(images))(*map(ctypes.addressof, images))
+        if launch.attributes.get("non_portable_cluster"):
+            self._call("cuFuncSetAttribute", function, _NON_PORTABLE_CLUSTER, 1)
         started = time.perf_counter()
-        self._call("cuLaunchKernel", function, *launch.grid, *launch.block, launch.smem_bytes, None, pointers, None)
+        self._call("cuLaunchKernelEx", ctypes.byref(_config(launch)), function, pointers, None)
         while (status := self._cuda.cuStreamQuery(None)) == _NOT_READY:
             if time.perf_counter() - started > DEADLOCK_SECONDS:
                 self._hung = True

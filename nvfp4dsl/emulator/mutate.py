@@ -2,7 +2,9 @@
 
 :func:`mutants` yields the module once for each barrier operation, fence, wait and bulk-group operation, with that one
 deleted. A wait that sets a predicate cannot just go, since a branch reads the predicate: it becomes a wait that always
-succeeds. ``arrive.expect_tx`` goes in two ways, whole and without its bytes. :func:`survey` runs the mutants.
+succeeds. ``arrive.expect_tx`` goes in two ways, whole and without its bytes. ``barrier.cluster.arrive`` without its
+wait is a fault of its own kind, so it also goes together with the next wait, and only in its order. :func:`survey` runs
+the mutants.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ GROUPS = (
     ("wgmma", "commit_group", "sync", "aligned"),
     ("wgmma", "wait_group", "sync", "aligned"),
 )
+CLUSTER_WAIT = ("barrier", "cluster", "wait")
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,22 @@ def mutants(ptx_text: str, kernel: str | None = None) -> Iterator[Mutant]:
     for entry in parse(ptx_text).values():
         if kernel not in (None, entry.name):
             continue
-        for instruction in entry.instructions:
+        for position, instruction in enumerate(entry.instructions):
             if not (instruction.parts[0] in SYNCHRONISATION or instruction.parts[:4] in GROUPS):
                 continue
             for change, replacement in _replacements(instruction):
-                start, end = instruction.span
-                text = ptx_text[:start] + replacement + ptx_text[end:]
+                text = _replaced(ptx_text, instruction, replacement)
                 yield Mutant(instruction.line, instruction.text, change, text)
+            if instruction.parts[:3] == ("barrier", "cluster", "arrive"):
+                wait = next((i for i in entry.instructions[position:] if i.parts[:3] == CLUSTER_WAIT), None)
+                if wait is not None:
+                    text = _replaced(_replaced(ptx_text, wait, ""), instruction, "")
+                    yield Mutant(instruction.line, instruction.text, "deleted with its wait", text)
+
+
+def _replaced(text: str, instruction: Instruction, replacement: str) -> str:
+    start, end = instruction.span
+    return text[:start] + replacement + text[end:]
 
 
 def _replacements(instruction: Instruction) -> Iterator[tuple[str, str]]:
@@ -76,6 +88,9 @@ def _replacements(instruction: Instruction) -> Iterator[tuple[str, str]]:
     if "expect_tx" in instruction.parts and "arrive" in instruction.parts:
         plain = instruction.text.replace(".expect_tx", "")
         yield "without its bytes", plain[: plain.rindex(",")] + ";"
+    if instruction.parts[:3] == ("barrier", "cluster", "arrive") and "relaxed" not in instruction.parts:
+        opcode = ".".join(p for p in instruction.parts if p != "release")
+        yield "relaxed", instruction.text.replace(instruction.opcode, opcode.replace("arrive", "arrive.relaxed"))
 
 
 def _name(operand: object) -> str:

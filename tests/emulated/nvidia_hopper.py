@@ -1,6 +1,6 @@
 """NVIDIA's public Hopper GEMMs (wgmma), compiled for sm_90a with no GPU, and their launches.
 
-    python nvidia_hopper.py EXAMPLE.py FOLDER AB C TILE_M TILE_N B_MAJOR MAX_CTAS
+    python nvidia_hopper.py EXAMPLE.py FOLDER AB C TILE_M TILE_N B_MAJOR MAX_CTAS CLUSTER_M CLUSTER_N
 
 EXAMPLE.py is ``dense_gemm.py`` or, where MAX_CTAS is not 0, ``dense_gemm_persistent.py`` in
 ``examples/python/CuTeDSL/cute/hopper/kernel/dense_gemm`` of a CUTLASS checkout. Nothing of them is kept in this
@@ -27,7 +27,8 @@ SHAPES = [(128, 256, 320), (200, 136, 328)]
 class Build:
     """Types by their names in CuTe DSL, the CTA's tile, whether B is stored with K ("k") or N ("n") contiguous.
 
-    ``max_ctas`` above 0 makes it the persistent, warp-specialised kernel.
+    ``max_ctas`` above 0 makes it the persistent, warp-specialised kernel. In a cluster each CTA loads a part of the
+    tiles that it shares with others, and multicasts it to them.
     """
 
     ab: str
@@ -36,9 +37,13 @@ class Build:
     tile_n: int
     b_major: str
     max_ctas: int = 0
+    cluster_m: int = 1
+    cluster_n: int = 1
 
     def __str__(self) -> str:
         kind = "-persistent" if self.max_ctas else ""
+        if self.cluster_m * self.cluster_n > 1:
+            kind += f"-cluster{self.cluster_m}x{self.cluster_n}"
         return f"{self.ab}-{self.c}-{self.tile_m}x{self.tile_n}-{self.b_major}{kind}".lower()
 
 
@@ -47,6 +52,8 @@ BUILDS = [
     Build("BFloat16", "BFloat16", 128, 128, "k"),
     Build("Float16", "Float16", 128, 256, "n"),
     Build("BFloat16", "BFloat16", 128, 64, "k", max_ctas=2),
+    Build("BFloat16", "Float32", 64, 64, "k", cluster_m=2),
+    Build("BFloat16", "BFloat16", 64, 64, "k", max_ctas=4, cluster_m=2, cluster_n=2),
 ]
 
 
@@ -83,7 +90,18 @@ def launch(object_path: Path, build: Build, shape: tuple[int, int, int]):
     return captured, a[..., 0], b[..., 0]
 
 
-def main(example: str, folder: str, ab: str, c: str, tile_m: str, tile_n: str, b_major: str, max_ctas: str) -> None:
+def main(
+    example: str,
+    folder: str,
+    ab: str,
+    c: str,
+    tile_m: str,
+    tile_n: str,
+    b_major: str,
+    max_ctas: str,
+    cluster_m: str,
+    cluster_n: str,
+) -> None:
     os.environ.update(CUTE_DSL_ARCH="sm_90a", CUTE_DSL_DUMP_DIR=folder)
     import cutlass
     import cutlass.cute as cute
@@ -103,10 +121,11 @@ def main(example: str, folder: str, ab: str, c: str, tile_m: str, tile_n: str, b
 
     b = fake(ab, (n, k, batch), (1, 0, 2) if b_major == "k" else (0, 1, 2))
     tile, persistent = (int(tile_m), int(tile_n)), int(max_ctas) > 0
+    cluster = int(cluster_m), int(cluster_n)
     if persistent:
-        gemm = module.HopperWgmmaGemmPersistentKernel(cutlass.Float32, tile, (1, 1), 1, True)
+        gemm = module.HopperWgmmaGemmPersistentKernel(cutlass.Float32, tile, cluster, 1, True)
     else:
-        gemm = module.HopperWgmmaGemmKernel(cutlass.Float32, tile, (1, 1))
+        gemm = module.HopperWgmmaGemmKernel(cutlass.Float32, tile, cluster)
     stream = make_fake_stream(use_tvm_ffi_env_stream=False)
     tensors = fake(ab, (m, k, batch)), b, fake(c, (m, n, batch))
     extra = (int(max_ctas),) if persistent else ()

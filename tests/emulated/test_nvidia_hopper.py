@@ -1,4 +1,4 @@
-"""The emulator on NVIDIA's public Hopper GEMMs: TMA, wgmma with both operands in shared memory, TMA stores.
+"""The emulator on NVIDIA's public Hopper GEMMs: TMA, multicast in clusters, wgmma with both operands in shared memory.
 
 Set ``CUTLASS_DIR`` to a CUTLASS checkout; without one these tests skip.
 
@@ -37,7 +37,8 @@ def test_right_against_float64(example, shape, seed):
     dtype = getattr(torch, build.c.lower())
     y = torch.from_numpy(captured.buffer("c").data).view(dtype).view(m, n)
     assert relative_error(y.double(), a.double() @ b.double().T) < TOLERANCE[dtype]
-    tiles = -(-m // build.tile_m) * -(-n // build.tile_n)
+    rows, columns = build.tile_m * build.cluster_m, build.tile_n * build.cluster_n
+    tiles = -(-m // rows) * -(-n // columns) * build.cluster_m * build.cluster_n
     assert report.mmas == tiles * build.tile_m // 64 * 4 * -(-k // 64) * 4  # the last K tile is computed whole
 
 

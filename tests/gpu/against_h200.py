@@ -26,6 +26,7 @@ FOLDER = "against_h200"
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "unit" / "emulator"), str(TESTS / "emulated")]
 
+from cluster_kernels import KERNELS as CLUSTER_KERNELS  # noqa: E402
 from harness import prepare  # noqa: E402
 from wgmma_kernels import LAYOUTS, SIZES, VARIANTS  # noqa: E402
 
@@ -139,7 +140,8 @@ MMA = [
     if (name, values) != ("f16", "vanishing")  # no product of f16 is that small
 ]
 SINGLE = [Case(name, lambda text=text: single(text)) for name, text in INSTRUCTIONS.items()]
-CASES = WGMMA + MMA + SINGLE
+CLUSTERS = [Case(f"cluster-{kernel}", kernel.prepare) for kernel in CLUSTER_KERNELS.values()]
+CASES = WGMMA + MMA + SINGLE + CLUSTERS
 
 
 def nvidia_cases(folder: Path) -> Iterator[Case]:

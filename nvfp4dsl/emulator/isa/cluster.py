@@ -68,8 +68,8 @@ def wait(t: Translator, i: Instruction):
         for row, warp in _whole_warps(machine, g):
             passed = lambda w=warp: machine.cluster_barriers.passed(w)  # noqa: E731
             if passed():
-                machine.cluster_barriers.leave(warp)
-                machine.warps.meet(g.only(np.array([row])))
+                if machine.cluster_barriers.leave(warp):
+                    machine.warps.meet(g.only(np.array([row])))
             else:
                 stay = np.zeros_like(g.mask) if stay is None else stay
                 stay[row] = g.mask[row]
