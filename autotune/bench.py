@@ -11,7 +11,7 @@ from typing import Any
 
 from nvfp4dsl.autotune import measure
 from nvfp4dsl.autotune.measure import Result
-from nvfp4dsl.autotune.peers import Linear, LinearPeer, Weights, weight_bytes
+from nvfp4dsl.autotune.peers import Linear, LinearPeer, Weights, output_bytes, weight_bytes
 from nvfp4dsl.errors import OperandError
 
 FORMAT = 1
@@ -106,10 +106,24 @@ def linear(
     measure.require_device()
     run = Run(measure.provenance((peer.package for peer in peers if peer.package), commit))
     for n, k in nks:
-        weights = Weights(n, k, measure.rotation(weight_bytes(n, k), measure.l2_bytes()))
+        needed = {m: sets(n, k, m) if timed else measure.MIN_ROTATION for m in ms}
+        weights = Weights(n, k, max(needed.values()))
         for m in ms:
-            problem = Linear(weights, m)
+            problem = Linear(weights, m, needed[m])
             results = measure.compare(peers, problem, rounds=rounds, timed=timed)
-            run.points.append(Point(n, k, m, weights.sets, problem.bytes, problem.flops, results))
+            run.points.append(Point(n, k, m, problem.sets, problem.bytes, problem.flops, results))
             done(run)
     return run
+
+
+def sets(n: int, k: int, m: int) -> int:
+    """Weights to rotate through at M rows: each call also writes an output of its own, which passes through the L2."""
+    return measure.rotation(weight_bytes(n, k) + output_bytes(n, m), measure.l2_bytes())
+
+
+def shares(
+    nks: Sequence[tuple[int, int]], ms: Sequence[int], processes: int
+) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
+    """The grid in about ``processes`` parts, each of one N x K, since converting a weight is shared by all M."""
+    parts = min(len(ms), -(-processes // len(nks)))
+    return [(nk, tuple(ms[i::parts])) for i in range(parts) for nk in nks]

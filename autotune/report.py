@@ -15,7 +15,7 @@ from nvfp4dsl.autotune.measure import MISSING
 from nvfp4dsl.autotune.peers import weight_bytes
 from nvfp4dsl.errors import OperandError
 
-OURS, BASE, FLOOR, LIBRARY = "nvfp4dsl", "stream", "stream_pdl", "cublas"
+OURS, BASE, FLOOR, LIBRARY, WITHOUT_PDL = "nvfp4dsl", "stream", "stream_pdl", "cublas", "nvfp4dsl_no_pdl"
 RIVALS, READERS = ("quack", "humming"), (BASE, FLOOR)
 MS = (1, 4, 8, 16, 64, 256, 1024, 4096)
 
@@ -50,8 +50,49 @@ def table(run: Run, ms: Sequence[int] = MS) -> str:
         [f"{p.n} x {p.k}", str(p.m), *(_cell(p, name) for name in names), *(_number(r(p)) for r in ratios.values())]
         for p in points
     ]
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _markdown([header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows])
+
+
+SUMMARY: dict[str, tuple[Ratio, Callable[[Iterable[float]], float]]] = {
+    "ours / stream": (RATIOS["ours / stream"], max),
+    "ours / stream_pdl": (RATIOS["ours / stream_pdl"], max),
+    "best rival / ours": (RATIOS["best rival / ours"], min),
+    "cublas / ours": (RATIOS["cublas / ours"], min),
+    "without PDL / ours": (lambda p: _ratio(p.us(WITHOUT_PDL), p.us(OURS)), min),
+}
+"""Columns of :func:`by_m`: a ratio, and which of its values is the worst."""
+
+
+def by_m(run: Run) -> str:
+    """Markdown: a row for each M, with the geometric mean of each ratio over all N x K, and the worst."""
+    ms = sorted({point.m for point in run.points})
+    columns = {name: column for name, column in SUMMARY.items() if any(column[0](point) for point in run.points)}
+
+    def cell(m: int, ratio: Ratio, worst: Callable[[Iterable[float]], float]) -> str:
+        values = [value for point in run.points if point.m == m and (value := ratio(point))]
+        return f"{statistics.geometric_mean(values):.2f} ({worst(values):.2f})" if values else "-"
+
+    header = ["M", *columns]
+    rows = [[str(m), *(cell(m, *column) for column in columns.values())] for m in ms]
+    return _markdown([header, ["---:"] * len(header), *rows])
+
+
+def goals(run: Run) -> str:
+    """Markdown: a row for each goal that the run has points for."""
+    rows = [[r["goal"], _number(r["value"]), "yes" if r["met"] else "no", r["worst"]] for r in verdicts(run)]
+    return _markdown([["goal", "figure", "met", "worst"], ["---", "---:", "---", "---"], *rows])
+
+
+def crossings(run: Run) -> str:
+    """Markdown: for each N x K, the least M measured at which bf16 is faster."""
+    least = overtaken(run)
+    shapes = dict.fromkeys((p.n, p.k) for p in run.points if RATIOS["cublas / ours"](p))
+    rows = [[f"{n} x {k}", str(least.get(f"{n}x{k}", "nowhere"))] for n, k in shapes]
+    return _markdown([["N x K", "cublas is faster from M ="], ["---", "---:"], *rows])
+
+
+def _markdown(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _peers(points: Iterable[Point]) -> list[str]:
@@ -163,22 +204,30 @@ def caption(run: Run) -> str:
     )
 
 
-MARKED = re.compile(r"(<!-- bench:(?P<op>\w+)(?: m=(?P<ms>[\d,]+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench:(?P<op>\w+)(?: (?P<what>[\w=,-]+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+TABLES: dict[str, Callable[[Run], str]] = {"by-m": by_m, "goals": goals, "crossings": crossings, "all": table}
 
 
 def insert(run: Run, document: str) -> str:
-    """``document`` with its table regenerated, between ``<!-- bench:linear m=1,16,256 -->`` (``m=`` may be left out)
-    and ``<!-- /bench -->``. The rest is untouched.
+    """``document`` with its tables regenerated, each between ``<!-- bench:linear WHAT -->`` and ``<!-- /bench -->``.
+    WHAT is ``by-m``, ``goals``, ``crossings``, ``m=1,16,256`` (:func:`table` of these), or left out (:data:`MS`). The
+    rest is untouched.
 
     Raises:
-        OperandError: there are no such marks.
+        OperandError: there are no such marks, or one asks for a table there is not.
     """
 
     def fresh(match: re.Match[str]) -> str:
         if match["op"] != run.op:
             return match[0]
-        ms = [int(m) for m in match["ms"].split(",")] if match["ms"] else MS
-        return f"{match[1]}\n{table(run, ms)}\n\n{caption(run)}\n{match[4]}"
+        what = match["what"] or "all"
+        if what.startswith("m="):
+            made = table(run, [int(m) for m in what[2:].split(",")])
+        elif what in TABLES:
+            made = TABLES[what](run)
+        else:
+            raise OperandError(f"{match[1].strip()} asks for {what!r}; there are {', '.join(TABLES)}, and m=1,16")
+        return f"{match[1]}\n{made}\n\n{caption(run)}\n{match[4]}"
 
     if not any(match["op"] == run.op for match in MARKED.finditer(document)):
         raise OperandError(f"no table to regenerate: put <!-- bench:{run.op} --> and <!-- /bench --> where it belongs")
@@ -198,7 +247,7 @@ def picture(run: Run, path: Path) -> None:
     except ImportError as error:
         raise OperandError("the picture needs matplotlib: pip install matplotlib") from error
     panels = list(dict.fromkeys((p.n, p.k) for p in run.points))
-    names = [name for name in _peers(run.points) if name not in READERS]
+    names = [name for name in _peers(run.points) if name not in (*READERS, WITHOUT_PDL)]
     rates = [p.flops / us for p in run.points for name in names if (us := p.us(name))]
     if not rates:
         raise OperandError("nothing that computes was timed, so there is nothing to draw")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from nvfp4dsl.autotune.peers.libraries import Cublas, Humming, Quack
 from nvfp4dsl.autotune.peers.ours import Ours
-from nvfp4dsl.autotune.peers.problem import Linear, LinearPeer, Weights, weight_bytes
+from nvfp4dsl.autotune.peers.problem import Linear, LinearPeer, Weights, output_bytes, weight_bytes
 from nvfp4dsl.autotune.peers.stream import Stream
 
-__all__ = ["LINEAR", "Linear", "LinearPeer", "Weights", "select", "weight_bytes"]
+__all__ = ["LINEAR", "Linear", "LinearPeer", "Weights", "output_bytes", "select", "weight_bytes"]
 
 LINEAR: dict[str, Callable[[], LinearPeer]] = {
     "stream": Stream,
@@ -18,6 +18,7 @@ LINEAR: dict[str, Callable[[], LinearPeer]] = {
     "quack": Quack,
     "humming": Humming,
     "nvfp4dsl": Ours,
+    "nvfp4dsl_no_pdl": lambda: Ours("nvfp4dsl_no_pdl", overlap="none"),
 }
 
 

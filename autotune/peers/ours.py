@@ -7,17 +7,20 @@ import torch
 from nvfp4dsl import ops
 from nvfp4dsl.autotune.measure import MissingPeerError
 from nvfp4dsl.autotune.peers.problem import LinearPeer
-from nvfp4dsl.dispatch import site
+from nvfp4dsl.dispatch import DEFAULT_OVERLAP, site
 from nvfp4dsl.errors import TargetError
 from nvfp4dsl.formats import NVFP4Tensor
 from nvfp4dsl.packing import prepare
 
 
 class Ours(LinearPeer):
-    """``nvfp4dsl.linear`` in mode bf16 (W4A16)."""
+    """``nvfp4dsl.linear`` in mode bf16 (W4A16); ``overlap`` is its argument."""
 
-    name = "nvfp4dsl"
     package = "nvfp4dsl"
+
+    def __init__(self, name: str = "nvfp4dsl", overlap: str = DEFAULT_OVERLAP) -> None:
+        super().__init__()
+        self.name, self._overlap = name, overlap
 
     def prepare(self, weight: NVFP4Tensor) -> NVFP4Tensor:
         target = site(weight.device)
@@ -29,6 +32,6 @@ class Ours(LinearPeer):
 
     def call(self, x: torch.Tensor, prepared: NVFP4Tensor) -> torch.Tensor:
         try:
-            return ops.linear(x, prepared)
+            return ops.linear(x, prepared, overlap=self._overlap)
         except TargetError as error:
             raise MissingPeerError(str(error)) from error

@@ -27,6 +27,11 @@ def weight_bytes(n: int, k: int) -> int:
     return n * k // NIBBLES + n * k // BLOCK
 
 
+def output_bytes(n: int, m: int) -> int:
+    """Of M rows of N outputs in bf16."""
+    return m * n * _BF16_BYTES
+
+
 class Weights:
     """One random weight in ``sets`` places of the memory of ``device``.
 
@@ -58,10 +63,15 @@ class Linear:
     Attributes:
         weights: shared by the problems of one N x K.
         m: rows.
+        sets: of the weights, how many the calls rotate through; 0 stands for all.
     """
 
     weights: Weights
     m: int
+    sets: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sets", self.sets or self.weights.sets)
 
     def __str__(self) -> str:
         return f"M {self.m}, N x K {self.weights.n} x {self.weights.k}"
@@ -119,7 +129,7 @@ class LinearPeer:
             self._weights, self._prepared = None, []
             self._prepared = [self.prepare(weight) for weight in problem.weights.tensors]
             self._weights = problem.weights
-        return [functools.partial(self.call, problem.x, prepared) for prepared in self._prepared]
+        return [functools.partial(self.call, problem.x, prepared) for prepared in self._prepared[: problem.sets]]
 
     def check(self, problem: Linear, outputs: Sequence[torch.Tensor | None]) -> float:
         """The largest relative error in norm, against float64, over the rotated weights."""

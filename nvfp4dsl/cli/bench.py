@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +72,12 @@ PEERS = Listed("PEER", _peer, "stream,cublas,nvfp4dsl")
 @click.option("--rounds", default=measure.ROUNDS, show_default=True, help="Turns of each peer.")
 @click.option("--check", is_flag=True, help="Check results, which compiles all that is needed, and time nothing.")
 @click.option(
+    "--warm",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="First check the grid in N processes at once, which fills every peer's compile cache.",
+)
+@click.option(
     "--commit",
     help="What `git describe --always --dirty --abbrev=40` says, where the sources are a copy that git does not know.",
 )
@@ -90,7 +100,8 @@ PEERS = Listed("PEER", _peer, "stream,cublas,nvfp4dsl")
     "--into",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Regenerate the table in this document, between <!-- bench:linear m=1,16 --> and <!-- /bench -->.",
+    help="Regenerate the tables in this document, each between <!-- bench:linear WHAT --> and <!-- /bench -->; WHAT is "
+    "by-m, goals, crossings or m=1,16.",
 )
 def bench(
     op: str,
@@ -99,6 +110,7 @@ def bench(
     peers: list[str],
     rounds: int,
     check: bool,
+    warm: int | None,
     commit: str | None,
     source: Path | None,
     target: str | None,
@@ -114,14 +126,20 @@ def bench(
     quiet = target == STDOUT
     console = Console(stderr=True, quiet=quiet)
 
+    since = time.monotonic()
+
     def done(run: benches.Run) -> None:
         if file:
             run.save(file)
-        console.print(line(run.points[-1]), highlight=False, markup=False, soft_wrap=True)
+        text = f"{time.monotonic() - since:6.1f} s  {line(run.points[-1])}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     if source:
         run = benches.Run.load(source)
     else:
+        if warm:
+            failed = check_in_parallel(nk, m, peers, warm)
+            console.print(f"{time.monotonic() - since:6.1f} s  checked in {warm} processes, {failed} of them failing")
         run = benches.linear(nk, m, select(peers), rounds=rounds, timed=not check, commit=commit, done=done)
     if quiet:
         click.echo(json.dumps(run.as_json()))
@@ -133,6 +151,20 @@ def bench(
         document.write_text(report.insert(run, document.read_text()))
     if not source and any(r.status in (measure.WRONG, measure.FAILED) for p in run.points for r in p.results.values()):
         click.get_current_context().exit(1)
+
+
+def check_in_parallel(nk: list[tuple[int, int]], m: list[int], peers: list[str], processes: int) -> int:
+    """Runs ``bench --check`` over parts of the grid, ``processes`` at a time; how many failed. What they find wrong is
+    found again by the run that follows, which reports it."""
+
+    def one(part: tuple[tuple[int, int], tuple[int, ...]]) -> int:
+        (n, k), ms = part
+        arguments = ["--nk", f"{n}x{k}", "--m", ",".join(map(str, ms)), "--peers", ",".join(peers)]
+        command = [sys.executable, "-c", "from nvfp4dsl.cli import main; main()", "bench", "--check", *arguments]
+        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+
+    with ThreadPoolExecutor(max_workers=processes) as threads:
+        return sum(status != 0 for status in threads.map(one, benches.shares(nk, m, processes)))
 
 
 def line(point: benches.Point) -> str:
@@ -149,7 +181,7 @@ def line(point: benches.Point) -> str:
 def present(run: benches.Run) -> None:
     """On stdout: every point, whether the goals are met, and where bf16 is faster."""
     click.echo(report.table(run, [point.m for point in run.points]))
-    click.echo(f"\n{report.caption(run)}\n")
+    click.echo(f"\n{report.by_m(run)}\n\n{report.caption(run)}\n")
     if rows := report.verdicts(run):
         show_rows(rows, "goals")
     if overtaken := report.overtaken(run):

@@ -505,6 +505,23 @@ def test_the_table_of_a_document_is_regenerated(results):
     assert report.insert(results, text) != text
 
 
+def test_tables_that_sum_up(results):
+    results.points += [point(4096, 4096, 16, stream=4.0, cublas=9.0, nvfp4dsl=10.0, nvfp4dsl_no_pdl=11.0)]
+    header, _, *rows = report.by_m(results).splitlines()
+    assert (
+        header == "| M | ours / stream | ours / stream_pdl | best rival / ours | cublas / ours | without PDL / ours |"
+    )
+    assert rows[0] == "| 1 | 1.12 (1.12) | 1.37 (1.37) | 1.80 (1.80) | 3.00 (3.00) | - |"
+    assert rows[1] == "| 16 | 1.87 (2.50) | 1.71 (1.71) | 1.52 (1.52) | 1.52 (0.90) | 1.10 (1.10) |"
+    assert rows[2] == "| 256 | - | - | - | - | - |"
+    assert report.crossings(results).splitlines()[2:] == ["| 14336 x 4096 | nowhere |", "| 4096 x 4096 | 16 |"]
+    assert "| cublas / ours at least 0.97 | 0.90 | no | 0.9 at 4096x4096 M=16 |" in report.goals(results)
+    for what in ("by-m", "goals", "crossings"):
+        assert report.TABLES[what](results) in report.insert(results, f"<!-- bench:linear {what} -->\n<!-- /bench -->")
+    with pytest.raises(OperandError, match="'by-n'; there are by-m"):
+        report.insert(results, "<!-- bench:linear by-n -->\n<!-- /bench -->")
+
+
 def test_a_document_without_marks_is_refused(results):
     with pytest.raises(OperandError, match="bench:linear"):
         report.insert(results, "<!-- bench:grouped -->\n<!-- /bench -->")
@@ -545,6 +562,31 @@ def test_the_command_reports_on_an_earlier_run(results, tmp_path):
     assert json.loads(invoke("--from", tmp_path / "r.json", "--json").stdout) == results.as_json()
 
 
+def test_a_grid_is_shared_out_by_weight():
+    nks, ms = [(64, 128), (96, 64)], [1, 2, 4, 8, 16]
+    for processes, parts in ((1, 1), (2, 1), (3, 2), (16, 5)):
+        shares = bench.shares(nks, ms, processes)
+        assert len(shares) == parts * len(nks)
+        assert sorted((nk, m) for nk, part in shares for m in part) == sorted((nk, m) for nk in nks for m in ms)
+
+
+def test_caches_are_warmed_by_checking_in_other_processes(turns, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "l2_bytes", lambda: 1 << 14)
+    monkeypatch.setattr(bench, "Weights", functools.partial(Weights, device="cpu"))
+    monkeypatch.setitem(LINEAR, "given", Given)
+    asked = []
+
+    def run(command, **options):
+        asked.append(command[4:])
+        return subprocess.CompletedProcess(command, len(asked) == 2)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(measure, "_line", lambda *command: None)
+    stderr = invoke("--nk", "64x128", "--m", "1,3,5", "--peers", "given", "--warm", 2).stderr
+    assert sorted(asked) == [["--check", "--nk", "64x128", "--m", ms, "--peers", "given"] for ms in ("1,5", "3")]
+    assert "checked in 2 processes, 1 of them failing" in stderr
+
+
 def test_the_command_measures(turns, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "l2_bytes", lambda: 1 << 14)
     monkeypatch.setattr(bench, "Weights", functools.partial(Weights, device="cpu"))
@@ -553,7 +595,7 @@ def test_the_command_measures(turns, monkeypatch, tmp_path):
     invoke("--nk", "64x128,96x64", "--m", "1,3", "--peers", "given,cublas", "--json", tmp_path / "r.json")
     measured = bench.Run.load(tmp_path / "r.json")
     assert [(p.n, p.k, p.m) for p in measured.points] == [(64, 128, 1), (64, 128, 3), (96, 64, 1), (96, 64, 3)]
-    assert [p.sets for p in measured.points] == [8, 8, 10, 10]
+    assert [p.sets for p in measured.points] == [7, 7, 9, 9]
     assert measured.points[0].us("given") == 80 + statistics.median(range(1, measure.ROUNDS + 1))
     assert measured.provenance["packages"].keys() == {"nvidia-cublas"}
     wrong = invoke("--nk", "64x128", "--m", 1, "--peers", "given,wrong", "--commit", "12-dirty", "--json", status=1)
