@@ -596,7 +596,7 @@ def test_the_command_measures(turns, monkeypatch, tmp_path):
     measured = bench.Run.load(tmp_path / "r.json")
     assert [(p.n, p.k, p.m) for p in measured.points] == [(64, 128, 1), (64, 128, 3), (96, 64, 1), (96, 64, 3)]
     assert [p.sets for p in measured.points] == [7, 7, 9, 9]
-    assert measured.points[0].us("given") == 80 + statistics.median(range(1, measure.ROUNDS + 1))
+    assert measured.points[0].us("given") == 70 + statistics.median(range(1, measure.ROUNDS + 1))
     assert measured.provenance["packages"].keys() == {"nvidia-cublas"}
     wrong = invoke("--nk", "64x128", "--m", 1, "--peers", "given,wrong", "--commit", "12-dirty", "--json", status=1)
     answer = json.loads(wrong.stdout)
