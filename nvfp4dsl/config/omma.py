@@ -44,7 +44,7 @@ EPILOGUE_COLUMNS = 32
 TILE_M, TILE_N, TILE_K = (8, 16, 32, 64, 128, 256), (64, 128, 256), (64, 128, 256)
 #: weight rows of a decode tile, and the tokens it may have
 DECODE_TILES = {128: (8, 16, 32), 64: (8, 16)}
-TILE_PINGPONG = (False,)
+TILE_PINGPONG = (False, True)
 TILE_SPLIT = (1,)
 #: what dispatch chooses from; the first is the default.
 TILES = (

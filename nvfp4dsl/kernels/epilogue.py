@@ -25,6 +25,7 @@ from nvfp4dsl.config.omma import EPILOGUE_COLUMNS, store_box
 from nvfp4dsl.config.spec import MMA_N, WARP
 from nvfp4dsl.kernels.instructions import (
     fma,
+    lane_here,
     pack_half2,
     shared_address,
     stmatrix,
@@ -65,13 +66,12 @@ class Epilogue:
         scaling: Scaling,
         mC: cute.Tensor,
         mainloop: Mainloop,
-        group: int | Int32,
+        group: Int32,
         warp: Int32,
-        lane: Int32,
     ):
         """``warp``: within ``group``."""
         self.plan, self.scaling, self.mC, self.mainloop = plan, scaling, mC, mainloop
-        self.group, self.warp, self.lane = group, warp, lane
+        self.group, self.warp = group, warp
         self.dtype = FLOAT_TYPES[plan.spec.out_dtype]
 
     def bind_store(self, atom: cute.CopyAtom, mC_tma: cute.Tensor, sC: cute.Tensor) -> None:
@@ -80,6 +80,9 @@ class Epilogue:
 
     @cute.jit
     def store(self, accumulators: cute.Tensor, coord: TileCoord):
+        # The lane is read anew for each part of a tile: else the compiler computes all addresses ahead of the first part,
+        # and even ahead of the main loop, which has no registers to spare.
+        self.lane = lane_here()
         if cutlass.const_expr(self.plan.spec.aligned_rows):
             self._store_through_tma(accumulators, coord)
         else:
@@ -138,6 +141,7 @@ class Epilogue:
         (blocks_m, blocks_n), tile, mC = self.plan.blocks, self.plan.tile, self.mC
         tile_row, tile_column = self._output_tile(coord)
         for j in cutlass.range_constexpr(blocks_n):
+            self.lane = lane_here()
             blocks = [(i, j) for i in range(blocks_m)]
             values = self._scaled(accumulators, coord, blocks)
             for i in cutlass.range_constexpr(blocks_m):

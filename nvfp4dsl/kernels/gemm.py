@@ -32,12 +32,16 @@ class Gemm:
     9 .. 11               3      none: they complete the producer's warpgroup, which hands over its registers
     ====================  =====  =================================================================
 
+    The eight MMA warps are one group that shares a tile, or, in ping-pong, two groups of four that take turns: one
+    multiplies its tile while the other stores its own. Decode tiles of 64 weight rows have four MMA warps.
+
     ====================  ======  ================================================================
     barrier               count   arrivals a phase
     ====================  ======  ================================================================
     full[stage]           stages  1 (the producer, with the stage's bytes), completed by TMA
-    empty[stage]          stages  8 (one lane of each MMA warp)
-    named barrier 1       1       256 threads: the MMA warps around each use of the store buffer
+    empty[stage]          stages  one lane of each warp of the group that read the stage
+    turn[group]           groups  ping-pong only: one lane of each warp of the other group
+    named barrier 1, 2    groups  all threads of a group, around each use of its store buffer
     ====================  ======  ================================================================
 
     Call arguments, all on one device: ``a`` (L, M, Kp/2) u8 and ``b`` (L, N, Kp/2) u8, Kp a multiple of 32; ``sfa``,
@@ -116,7 +120,6 @@ class Gemm:
     ):
         plan, (rows, columns), k = self.plan, self.plan.mma_tile, self.plan.tile.k
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        lane = cute.arch.lane_idx()
         if warp == plan.mma_warps:
             for atom in (tma_a, tma_b, tma_sfa, tma_sfb, tma_c):
                 if cutlass.const_expr(atom is not None):
@@ -124,6 +127,12 @@ class Gemm:
 
         smem, layouts = self._allocate(), self._smem_layouts()
         sX = {name: _swizzled_tensor(smem[name], layouts[name]) for name in layouts if name in smem}
+        turns = smem["turns"] if plan.groups > 1 else None
+        if cutlass.const_expr(turns is not None):  # noqa: SIM102 (one is static, one dynamic)
+            if warp == 0:
+                with cute.arch.elect_one():
+                    for group in cutlass.range_constexpr(plan.groups):
+                        cute.arch.mbarrier_init(turns + group, plan.group_warps)
         ring = pipeline.PipelineTmaAsync.create(
             num_stages=plan.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
@@ -153,13 +162,15 @@ class Gemm:
             if cutlass.const_expr(plan.registers):
                 cute.arch.setmaxregister_increase(plan.registers[0])
             mainloop = self.mainloop(plan)
-            mainloop.bind(warp, lane)
-            epilogue = Epilogue(plan, Scaling(mAlphaA, mAlphaB, mBias), mC, mainloop, 0, warp, lane)
+            group, warp = warp // plan.group_warps, warp % plan.group_warps
+            mainloop.bind(warp, cute.arch.lane_idx())
+            epilogue = Epilogue(plan, Scaling(mAlphaA, mAlphaB, mBias), mC, mainloop, group, warp)
             if cutlass.const_expr(plan.spec.aligned_rows):
                 epilogue.bind_store(tma_c, mC_tma, sX["c"])
             ring_start = Stage(**{name: shared_address(smem[name]) for name in ("a", "b", "sfa", "sfb")})
             schedule = PersistentSchedule(plan, mC, stride)
-            Consumer(plan, schedule, ring, mainloop, epilogue).run(first, stride, k_tiles, ring_start)
+            consumer = Consumer(plan, schedule, ring, mainloop, epilogue, turns)
+            consumer.run(first, stride, k_tiles, group, ring_start)
 
     def _smem_layouts(self) -> dict:
         """The staged shared-memory layout of each TMA buffer; the last mode is the stage."""
@@ -176,7 +187,13 @@ class Gemm:
 
     def _allocate(self) -> dict[str, cute.Pointer]:
         """Allocate the plan's fields in order; the allocator's total is what the launch asks for."""
-        types = {"barriers": Int64, "sfa": Int64, "sfb": Int64, "c": FLOAT_TYPES[self.plan.spec.out_dtype]}
+        types = {
+            "barriers": Int64,
+            "turns": Int64,
+            "sfa": Int64,
+            "sfb": Int64,
+            "c": FLOAT_TYPES[self.plan.spec.out_dtype],
+        }
         allocator = SmemAllocator()
         return {
             field.name: cute.recast_ptr(

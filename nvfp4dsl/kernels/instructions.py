@@ -139,6 +139,12 @@ def pack_half2(low: Float32, high: Float32, dtype: type, *, loc=None, ip=None) -
     return Int32(_asm(T.i32(), [high, low], text, "=r,f,f", pure=True, loc=loc, ip=ip))
 
 
+@dsl_user_op
+def lane_here(*, loc=None, ip=None) -> Int32:
+    """The lane's number, read anew: what is computed from it is not kept in registers from before."""
+    return Int32(_asm(T.i32(), [], "mov.u32 $0, %laneid;", "=r", pure=False, loc=loc, ip=ip))
+
+
 def shared_address(pointer: cute.Pointer) -> Int32:
     """The 32-bit address of a shared-memory pointer."""
     return Int32(pointer.toint())

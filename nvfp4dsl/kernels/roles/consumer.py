@@ -3,7 +3,7 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 from nvfp4dsl.config import Plan
 from nvfp4dsl.kernels.epilogue import Epilogue
@@ -29,7 +29,10 @@ class Consumer:
         ring: pipeline.PipelineTmaAsync,
         mainloop: Mainloop,
         epilogue: Epilogue,
+        turns: cute.Pointer | None,
     ):
+        """``turns``: in ping-pong, a barrier for each group that says when it may multiply."""
+        self.turns = turns
         self.plan, self.schedule, self.ring = plan, schedule, ring
         self.mainloop, self.epilogue = mainloop, epilogue
 
@@ -49,34 +52,67 @@ class Consumer:
             older, newer = newer, self.mainloop.load(buffers, index, step)
         return older, newer
 
+    def _ask(self, state: pipeline.PipelineState, mine: Boolean) -> Boolean:
+        """Whether the next stage has come. In ping-pong only if it is ``mine``: else True, which nobody looks at."""
+        if self.turns is None:
+            return self.ring.consumer_try_wait(state)
+        full = self.ring.sync_object_full.get_barrier(state.index)
+        return cute.arch.mbarrier_conditional_try_wait(mine, full, state.phase)
+
     @cute.jit
-    def run(self, first: Int32, stride: Int32, k_tiles: Int32, ring_start: Stage):
+    def _await_turn(self, group: Int32, phase: Int32):
+        """In ping-pong: until the other group has read its last stage.
+
+        Besides giving each group the tensor pipe to itself, this keeps a group from waiting for a phase of a full
+        barrier before the one that the other group waits for is over: a wait sees a phase's parity only.
+        """
+        if cutlass.const_expr(self.turns is not None):
+            cute.arch.mbarrier_wait(self.turns + group, phase)
+
+    @cute.jit
+    def _pass_turn(self, group: Int32):
+        if cutlass.const_expr(self.turns is not None):
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(self.turns + (1 - group))
+
+    @cute.jit
+    def run(self, first: Int32, stride: Int32, k_tiles: Int32, group: Int32, ring_start: Stage):
         accumulators, pending = self.mainloop.make_accumulators(), self.mainloop.make_words()
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.plan.stages)
 
-        for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
+        # Groups take the CTA's tiles in turn, and skip the stages of each other's. The first to come need not wait.
+        groups = self.plan.groups
+        phase = Int32(1) - group
+        if cutlass.const_expr(groups > 1):
+            state.advance(group * k_tiles)
+        for index in cutlass.range(first + group * stride, self.schedule.tiles, groups * stride, unroll=1):
             coord = self.schedule.coord(index)
             buffers = self.mainloop.buffers(ring_start, coord)
             self.mainloop.clear(accumulators)
+            self._await_turn(group, phase)
+            phase = phase ^ 1
             self.ring.consumer_wait(state)
             begun, ahead = self._read(accumulators, [], buffers, state.index)
             # one lane arrives for the warp, so the other lanes' reads must be done
             cute.arch.sync_warp()
             self.ring.consumer_release(state)
             state.advance()
-            arrived = self.ring.consumer_try_wait(state)
+            arrived = self._ask(state, k_tiles > 1)
             if cutlass.const_expr(len(begun) > 0):
                 self.mainloop.multiply(accumulators, begun, slice(LEAD, None))
             self._keep(pending, ahead)
-            for _ in cutlass.range(k_tiles - 1, unroll=1):
+            for k in cutlass.range(1, k_tiles, unroll=1):
                 self.ring.consumer_wait(state, arrived)
                 started, newest = self._read(accumulators, self._kept(pending), buffers, state.index)
                 cute.arch.sync_warp()
                 self.ring.consumer_release(state)
                 state.advance()
-                arrived = self.ring.consumer_try_wait(state)
+                arrived = self._ask(state, k + 1 < k_tiles)
                 self.mainloop.multiply(accumulators, started, slice(LEAD, None))
                 self._keep(pending, newest)
+            self._pass_turn(group)
+            if cutlass.const_expr(groups > 1):
+                state.advance((groups - 1) * k_tiles)
             self.mainloop.multiply(accumulators, self._kept(pending))
             self.epilogue.store(accumulators, coord)
         self.epilogue.finish()
