@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nvfp4dsl import emulator, jit, reference
-from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal
+from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal, skinny, wgmma
 from nvfp4dsl.config.skinny import CHUNK_K
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
@@ -35,14 +35,18 @@ FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TORCH = {name: dtype for dtype, name in FLOATS.items()}
 #: names of each kernel's arguments in call order, by activation mode; the last but one is the output
 ARGUMENTS = {
-    "nvfp4": ("a", "sfa", "b", "sfb", "alpha_a", "alpha_b", "bias", "c", "max_ctas"),
+    "nvfp4": ("a", "sfa", "b", "sfb", "alpha_a", "alpha_b", "bias", "partials", "arrivals", "c", "max_ctas"),
     "bf16": ("x", "codes", "scales", "alpha", "bias", "y", "max_ctas"),
 }
 
+#: arguments that a kernel writes besides its output, and those of them that it finds zeroed
+WORKSPACE, ZEROED = ("partials", "arrivals"), ("arrivals",)
 
 #: how far a kernel may run ahead of the one before it on its stream: (``GemmSpec.pdl``, ``GemmSpec.early_weights``)
 OVERLAPS = {"weights": (True, True), "launch": (True, False), "none": (False, True)}
 DEFAULT_OVERLAP = "weights"
+#: most tokens for which the skinny kernel is the faster one, where there is another
+SKINNY_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,8 @@ def first_device_sms(target: str) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(spec: GemmSpec, m: int, n: int, target: str, sms: int) -> TileConfig:
-    """The tile for an output of ``m`` x ``n`` on a device of ``sms`` multiprocessors.
+def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -> TileConfig:
+    """The tile for an output of ``m`` x ``n`` over ``k`` on a device of ``sms`` multiprocessors.
 
     W4A4: short tiles where a tall one would be mostly padding. W4A16: the fewest tokens that hold M; and 32 rows of the
     weight at a time rather than 16, which halves the reads of x, once 16 would give more tiles than CTAs run at a time
@@ -155,6 +159,9 @@ def choose_tile(spec: GemmSpec, m: int, n: int, target: str, sms: int) -> TileCo
             "The numeric mode is yours to choose: 'nvfp4' runs on sm_120a and sm_121a, 'bf16' everywhere"
         )
     if spec.activation == "bf16":
+        if m > SKINNY_TOKENS and "wgmma" in get_target(target).mainloops["bf16"]:
+            return wgmma.choose(m, n, k, sms)
+        candidates = [tile for tile in candidates if tile in skinny.TILES]
         tokens = next((tile.m for tile in candidates if tile.m >= m), candidates[-1].m)
         rows = {tile.n: tile for tile in candidates if tile.m == tokens}
         small, large = min(rows), max(rows)
@@ -215,7 +222,7 @@ def gemm(
     kernel = gemm_kernel(a, b, bias, out_dtype, tile)
     out = torch.empty((*a.batch_shape, a.shape[-2], b.shape[-2]), dtype=out_dtype, device=a.device)
     if out.numel():
-        run(kernel, _arguments(a, b, bias, out))
+        run(kernel, _arguments(kernel.tile, a, b, bias, out))
     return out
 
 
@@ -233,7 +240,7 @@ def gemm_kernel(
     check_kernel_operands(a, b, out_dtype, target)
     m, n = a.shape[-2], b.shape[-2]
     spec = gemm_spec(n, out_dtype, None if bias is None else bias.dtype)
-    tile = tile or choose_tile(spec, m, n, target.name, sm_count(a.device))
+    tile = tile or choose_tile(spec, m, n, b.k, target.name, sm_count(a.device))
     return kernel_for(spec, tile, target.name, f"M {m}, N x K {n} x {b.k}")
 
 
@@ -272,9 +279,9 @@ def check_layout(name: str, operand: NVFP4Tensor, target: Target, activation: st
 
 
 def linear_spec(
-    k: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, overlap: str = DEFAULT_OVERLAP
+    n: int, k: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, overlap: str = DEFAULT_OVERLAP
 ) -> GemmSpec:
-    """The spec of ``linear`` in mode bf16 (W4A16) with a weight [N, k].
+    """The spec of ``linear`` in mode bf16 (W4A16) with a weight [n, k].
 
     Raises:
         ModeError: unknown ``overlap``.
@@ -286,7 +293,7 @@ def linear_spec(
         activation="bf16",
         out_dtype=FLOATS[out_dtype],
         bias=None if bias_dtype is None else FLOATS[bias_dtype],
-        aligned_rows=False,
+        aligned_rows=n * FLOAT_BYTES[FLOATS[out_dtype]] % TMA_ROW_BYTES == 0,
         whole_chunks=k % CHUNK_K == 0,
         pdl=pdl,
         early_weights=early_weights,
@@ -295,7 +302,7 @@ def linear_spec(
 
 def linear_kernel(spec: GemmSpec, m: int, weight: NVFP4Tensor, target: str) -> jit.CompiledKernel:
     """The kernel that multiplies ``m`` rows by a weight; see :func:`choose_tile` and :func:`kernel_for`."""
-    tile = choose_tile(spec, m, weight.n, target, sm_count(weight.device))
+    tile = choose_tile(spec, m, weight.n, weight.k, target, sm_count(weight.device))
     return kernel_for(spec, tile, target, f"M {m}, N x K {weight.n} x {weight.k}")
 
 
@@ -331,7 +338,7 @@ def w4a16(
             f"x is {x.dtype}; the W4A16 kernels multiply bfloat16, so cast it, or use activation='nvfp4'"
         )
     n, rows = weight.shape[-2], x.shape[0]
-    spec = linear_spec(weight.k, out_dtype, None if bias is None else bias.dtype, overlap)
+    spec = linear_spec(n, weight.k, out_dtype, None if bias is None else bias.dtype, overlap)
     out = torch.empty((rows, n), dtype=out_dtype, device=x.device)
     if not out.numel():
         return out
@@ -369,14 +376,16 @@ def load(kernel: jit.CompiledKernel, device: torch.device) -> None:
     out_dtype, bias_dtype = TORCH[spec.out_dtype], TORCH.get(spec.bias)
     bias = None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype, device=device)
     if spec.activation == "nvfp4":
-        arguments = _arguments(weight, weight, bias, torch.empty(n, n, dtype=out_dtype, device=device))
+        arguments = _arguments(kernel.tile, weight, weight, bias, torch.empty(n, n, dtype=out_dtype, device=device))
     else:
         x, y = (torch.zeros(1, size, dtype=t, device=device) for size, t in ((k, torch.bfloat16), (n, out_dtype)))
         arguments = (x, *linear_operands(weight), bias, y)
     run(kernel, arguments)
 
 
-def _arguments(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> tuple[Any, ...]:
+def _arguments(
+    tile: TileConfig, a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> tuple[Any, ...]:
     """The kernel's arguments but the last: views with the batch flattened to one dimension."""
     m, n = out.shape[-2:]
     batch = out.numel() // (m * n)
@@ -390,8 +399,33 @@ def _arguments(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out: t
         alpha_a,
         alpha_b,
         bias,
+        *_split_workspace(tile, batch, m, n, out.device),
         out.view(batch, m, n),
     )
+
+
+#: counters of split-K by (device, stream): zero between launches, since each kernel leaves them as it found them
+_arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _split_workspace(
+    tile: TileConfig, batch: int, m: int, n: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where CTAs that share a tile's K leave their parts, and how many have: fp32 and int32; None without split-K.
+
+    Counters are kept for each stream, on which one kernel follows another. A CUDA graph gets its own, which it zeroes.
+    """
+    if tile.split == 1:
+        return None, None
+    tiles = batch * -(-m // tile.m) * -(-n // tile.n)
+    partials = torch.empty(tiles * tile.split * tile.m * tile.n, dtype=torch.float32, device=device)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return partials, torch.zeros(tiles, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    arrivals = _arrivals.get(key)
+    if arrivals is None or len(arrivals) < tiles:
+        arrivals = _arrivals[key] = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=device)
+    return partials, arrivals
 
 
 def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
@@ -406,7 +440,11 @@ def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
         raise TargetError("a compiled kernel cannot run on CPU tensors; enter nvfp4dsl.emulate(target) first")
     names = ARGUMENTS[kernel.spec.activation]
     output = names[-2]
-    (launch,) = capture(kernel.object_path, kernel.symbol, (*arguments, emulation.max_ctas), names, outputs=(output,))
+    workspace = [name for name, argument in zip(names, arguments, strict=False) if name in WORKSPACE and argument is not None]
+    written = (output, *workspace)
+    (launch,) = capture(kernel.object_path, kernel.symbol, (*arguments, emulation.max_ctas), names, outputs=written)
+    for name in workspace:
+        launch.buffer(name).init = name in ZEROED
     before = copy.deepcopy(launch)
     report = emulator.run(kernel.ptx, launch, seed=emulation.seed)
     emulation.runs.append(Run(kernel, before, report))

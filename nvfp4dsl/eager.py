@@ -99,7 +99,7 @@ def _prepare(x: torch.Tensor, weight: NVFP4Tensor, bias: torch.Tensor | None, ov
     assert target is not None  # a CUDA device has one
     dispatch.check_layout("weight", weight, target, "bf16")
     rows = x.numel() // k
-    spec = dispatch.linear_spec(k, dtype, None if bias is None else bias.dtype, overlap)
+    spec = dispatch.linear_spec(n, k, dtype, None if bias is None else bias.dtype, overlap)
     function = dispatch.linear_kernel(spec, rows, weight, target.name).function
     # As tvm-ffi's own tensors, which take no conversion at a call.
     codes, scales, alpha = (tvm_ffi.from_dlpack(t) for t in dispatch.linear_operands(weight))

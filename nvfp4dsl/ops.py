@@ -161,9 +161,9 @@ def warmup(
         if mode == "nvfp4" and "nvfp4" in at.mainloops:
             spec = dispatch.gemm_spec(n, dtype, bias)
         else:
-            spec = dispatch.linear_spec(k, dtype, bias, overlap)
+            spec = dispatch.linear_spec(n, k, dtype, bias, overlap)
         sms = dispatch.sm_count(here) if at == own else dispatch.first_device_sms(at.name)
-        requests += [(spec, dispatch.choose_tile(spec, m, n, at.name, sms), at.name) for m in rows]
+        requests += [(spec, dispatch.choose_tile(spec, m, n, k, at.name, sms), at.name) for m in rows]
     return dispatch.warm(requests, here)
 
 

@@ -5,16 +5,17 @@ process (:mod:`nvfp4dsl.jit` does).
 """
 
 import cutlass.cute as cute
-from cutlass import Int32, Uint8
+from cutlass import Float32, Int32, Uint8
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, plan
+from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, family, plan, wgmma
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.flat import ALIGNED_X, FlatRows
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
 from nvfp4dsl.kernels.skinny import SkinnyGemm
+from nvfp4dsl.kernels.wgmma_gemm import WgmmaGemm
 from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, SCALE_ATOM_BYTES, TMA_ROW_BYTES
 from nvfp4dsl.targets import get_target
 
@@ -32,9 +33,10 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | FlatRow
     """
     planned = plan(spec, tile, target)
     if spec.activation == "bf16":
-        return FlatRows(SkinnyGemm(planned)), _skinny_arguments(spec)
+        kernel = WgmmaGemm if family(spec, tile, target) is wgmma else SkinnyGemm
+        return FlatRows(kernel(planned), _row_divisor(spec)), _w4a16_arguments(spec)
     mainloop = MAINLOOPS[get_target(target).mainloops[spec.activation][0]]
-    return Gemm(planned, mainloop), _fake_arguments(spec)
+    return Gemm(planned, mainloop), _fake_arguments(spec, tile)
 
 
 def _compact(dtype, *shape, align=TMA_ROW_BYTES):
@@ -47,15 +49,19 @@ def _strided(name, *shape):
     return make_fake_tensor(FLOAT_TYPES[name], shape, strides, assumed_align=FLOAT_BYTES[name])
 
 
-def _fake_arguments(spec: GemmSpec) -> tuple:
+def _row_divisor(spec: GemmSpec) -> int:
+    """What divides the length of an output row: 16 bytes where rows are aligned."""
+    return TMA_ROW_BYTES // FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 1
+
+
+def _fake_arguments(spec: GemmSpec, tile: TileConfig) -> tuple:
     batch, m, k_bytes = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=TMA_ROW_BYTES)
-    aligned_n = TMA_ROW_BYTES // FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 1
-    n = cute.sym_int(divisibility=aligned_n)
+    n = cute.sym_int(divisibility=_row_divisor(spec))
 
     def scales():
         return _compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
 
-    out, out_align = FLOAT_TYPES[spec.out_dtype], TMA_ROW_BYTES if spec.aligned_rows else FLOAT_BYTES[spec.out_dtype]
+    out = FLOAT_TYPES[spec.out_dtype]
     return (
         _compact(Uint8, batch, m, k_bytes),
         scales(),
@@ -64,14 +70,17 @@ def _fake_arguments(spec: GemmSpec) -> tuple:
         _strided("fp32", batch),
         _strided("fp32", batch, n),
         _strided(spec.bias, n) if spec.bias else None,
-        _compact(out, batch, m, n, align=out_align),
+        _compact(Float32, cute.sym_int()) if tile.split > 1 else None,
+        _compact(Int32, cute.sym_int(), align=4) if tile.split > 1 else None,
+        _compact(out, batch, m, n, align=_row_divisor(spec) * FLOAT_BYTES[spec.out_dtype]),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
 
 
-def _skinny_arguments(spec: GemmSpec) -> tuple:
-    batch, rows, n, k = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
+def _w4a16_arguments(spec: GemmSpec) -> tuple:
+    batch, rows, k = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
+    n = cute.sym_int(divisibility=_row_divisor(spec))
     tiles, steps = cute.sym_int(), cute.sym_int()
     x_strides = (cute.sym_int64(divisibility=ALIGNED_X), 1)
     return (
@@ -80,7 +89,7 @@ def _skinny_arguments(spec: GemmSpec) -> tuple:
         _compact(Uint8, batch, tiles, steps, FRAGMENT_SCALE_BYTES),
         _strided("fp32", batch, n),
         _strided(spec.bias, n) if spec.bias else None,
-        _compact(FLOAT_TYPES[spec.out_dtype], rows, n, align=FLOAT_BYTES[spec.out_dtype]),
+        _compact(FLOAT_TYPES[spec.out_dtype], rows, n, align=_row_divisor(spec) * FLOAT_BYTES[spec.out_dtype]),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )

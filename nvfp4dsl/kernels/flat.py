@@ -14,11 +14,11 @@ ALIGNED_X = TMA_ROW_BYTES // 2  # bf16 elements
 class FlatRows:
     """A W4A16 kernel (``gemm``, whose x and y are (L, M, K) and (L, M, N)) with x as (L*M, K) and y as (L*M, N).
 
-    L is that of ``codes``. The other call arguments pass through.
+    L is that of ``codes``. The other call arguments pass through. ``y_divisor`` divides N.
     """
 
-    def __init__(self, gemm):
-        self.gemm, self.plan = gemm, gemm.plan
+    def __init__(self, gemm, y_divisor: int = 1):
+        self.gemm, self.plan, self.y_divisor = gemm, gemm.plan, y_divisor
 
     @cute.jit
     def __call__(
@@ -33,7 +33,7 @@ class FlatRows:
         stream,
     ):
         batch = codes.shape[0]
-        self.gemm(unflatten(x, batch, ALIGNED_X), codes, scales, alpha, bias, unflatten(y, batch, 1), max_ctas, stream)
+        self.gemm(unflatten(x, batch, ALIGNED_X), codes, scales, alpha, bias, unflatten(y, batch, self.y_divisor), max_ctas, stream)
 
 
 def unflatten(t: cute.Tensor, batch: Int32, divisor: int) -> cute.Tensor:

@@ -1,0 +1,124 @@
+"""The WGMMA kernel for W4A16, executed in the emulator: every tile it chooses from, shapes that divide nothing."""
+
+import pytest
+import torch
+
+import nvfp4dsl as nv
+from nvfp4dsl import dispatch
+from nvfp4dsl.config import TileConfig, plan, wgmma
+from nvfp4dsl.emulator import mutate
+from nvfp4dsl.formats import NVFP4Tensor, pack_codes
+from nvfp4dsl.targets import get_target
+from nvfp4dsl.testing import assert_close, bits_differing
+
+TARGET = "sm_90a"
+# tile, M, N, K, output, bias: ragged in every extent; rows of 16 bytes and not; K steps that the split does not divide
+CASES = [
+    ("16x128x128/4", 14, 160, 272, torch.bfloat16, True),
+    ("32x128x128", 33, 129, 80, torch.bfloat16, False),
+    ("64x128x128", 70, 264, 400, torch.float32, True),
+    ("64x128x128/2", 70, 200, 1296, torch.bfloat16, False),
+    ("128x128x64/3", 150, 200, 848, torch.float32, True),
+    ("128x256x64", 130, 300, 336, torch.float16, False),
+    ("256x128x64", 270, 136, 144, torch.bfloat16, True),
+]
+
+
+def _random(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _launch(x, weight, tile, out_dtype=torch.bfloat16, bias=None, max_ctas=2, seed=0):
+    """(y, the emulated run) of x [L, M, K] with a forced tile."""
+    batch, m, k = x.shape
+    prepared, tile = nv.prepare(weight, TARGET), TileConfig.parse(tile)
+    spec = dispatch.linear_spec(weight.n, k, out_dtype, None if bias is None else bias.dtype)
+    kernel = dispatch.kernel_for(spec, tile, TARGET)
+    assert kernel.meta["spills"] == 0
+    y = torch.full((batch * m, weight.n), float("nan"), dtype=out_dtype)
+    with nv.emulate(TARGET, max_ctas=max_ctas, seed=seed) as emulation:
+        dispatch.run(kernel, (x.flatten(0, 1), *dispatch.linear_operands(prepared), bias, y))
+    (run,) = emulation.runs
+    planned = plan(spec, tile, TARGET)
+    assert (run.launch.smem_bytes, run.launch.block[0]) == (planned.smem_bytes, planned.threads)
+    assert run.report.tolerated == []
+    return y.view(batch, m, -1), run
+
+
+def _check(y, x, weight, bias=None):
+    values = nv.dequantize(weight, torch.float64)
+    expected, magnitude = x.double() @ values.mT, x.double().abs() @ values.abs().mT
+    if bias is not None:
+        expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
+    norm, element = {torch.bfloat16: (2e-3, 4e-3), torch.float16: (3e-4, 5e-4), torch.float32: (1e-6, 1e-6)}[y.dtype]
+    assert_close(y, expected, norm=norm, element=element, magnitude=magnitude)
+
+
+@pytest.mark.parametrize(("tile", "m", "n", "k", "out_dtype", "with_bias"), CASES, ids=str)
+def test_tiles(tile, m, n, k, out_dtype, with_bias):
+    x, weight = _random(1, m, k), nv.quantize(_random(n, k, seed=1))
+    bias = _random(n, seed=2, dtype=torch.float32) if with_bias else None
+    y, _ = _launch(x, weight, tile, out_dtype, bias)
+    _check(y, x, weight, bias)
+
+
+def test_batch_and_row_ranges():
+    x = _random(3, 20, 80)
+    weight = nv.quantize(_random(3, 150, 80, seed=1), row_ends=(10, 150), per_matrix=True)
+    y, _ = _launch(x, weight, "32x128x128", max_ctas=2)
+    _check(y, x, weight)
+
+
+def test_linear_takes_it_for_more_than_a_few_tokens():
+    x, bias = _random(17, 272), _random(40, seed=2)
+    weight = nv.quantize(_random(40, 272, seed=1))
+    with nv.emulate(TARGET) as emulation:
+        y = nv.linear(x, nv.prepare(weight, TARGET), bias)
+    (run,) = emulation.runs
+    assert run.kernel.tile.k in wgmma.TILE_K
+    _check(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("tile", ["64x128x128", "64x128x128/3"])
+def test_any_order_gives_the_same_bits(tile):
+    x, weight = _random(1, 40, 784), nv.quantize(_random(130, 784, seed=1))
+    results = [_launch(x, weight, tile, torch.float32, seed=seed)[0] for seed in range(3)]
+    assert all(bits_differing(y, results[0]) == 0 for y in results)
+
+
+@pytest.mark.parametrize("tile", ["64x128x128/2", "128x128x64"])
+def test_one_hot_tokens_return_the_weight_bit_for_bit(tile):
+    """Every code, every scale there is (zero and subnormals too), global 1: exact in bf16, whatever the K position."""
+    k, n = 144, 136
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    scale = (torch.arange(n * (k // 16)) % 0x7F).to(torch.uint8).view(n, -1)
+    weight = NVFP4Tensor(pack_codes(codes), scale.view(torch.float8_e4m3fn), torch.tensor(1.0))
+    y, _ = _launch(torch.eye(k, dtype=torch.bfloat16)[None], weight, tile)
+    assert bits_differing(y[0].float().mT + 0.0, nv.dequantize(weight) + 0.0) == 0
+
+
+def test_what_lies_past_k_is_never_multiplied():
+    """x is a view into rows that hold infinities behind K; zero codes times infinity would be NaN."""
+    wide = torch.full((20, 96), float("inf"), dtype=torch.bfloat16)
+    wide[:, :80] = _random(20, 80)
+    weight = nv.quantize(_random(16, 80, seed=1))
+    with nv.emulate(TARGET):
+        _check(nv.linear(wide[:, :80], nv.prepare(weight, TARGET)), wide[:, :80], weight)
+
+
+@pytest.mark.parametrize("k", [64, 4096])
+@pytest.mark.parametrize("n", [100, 4096, 28672])
+@pytest.mark.parametrize("m", [17, 100, 8192])
+def test_choice_is_legal(m, n, k):
+    spec = dispatch.linear_spec(n, k, torch.bfloat16, None)
+    tile = dispatch.choose_tile(spec, m, n, k, TARGET, 132)
+    assert wgmma.reasons(spec, tile, get_target(TARGET)) == []
+
+
+@pytest.mark.slow
+def test_every_deleted_barrier_fence_and_wait_is_noticed():
+    x, weight = _random(1, 40, 1168), nv.quantize(_random(300, 1168, seed=1))
+    _, run = _launch(x, weight, "32x128x128", max_ctas=1)
+    outcomes = mutate.survey(run.kernel.ptx, [run.launch])
+    assert len(outcomes) >= 12
+    assert {o.mutant.instruction.split()[0] for o in outcomes if not o.verdict} <= {"bar.warp.sync"}
