@@ -49,8 +49,8 @@ class Copy:
     def setup(self, problem: Rows) -> Sequence[Call]:
         half = problem.bytes // 2 // 16 * 16
         sources = [torch.randint(0, 128, (half,), dtype=torch.uint8, device="cuda") for _ in problem.operands()]
-        targets = [torch.empty_like(source) for source in sources]
-        return [lambda s=s, t=t: t.copy_(s).view(torch.float32) for s, t in zip(sources, targets, strict=True)]
+        self._pairs = [(source, torch.empty_like(source)) for source in sources]  # a captured graph keeps none alive
+        return [lambda s=s, t=t: t.copy_(s).view(torch.float32) for s, t in self._pairs]
 
     def check(self, problem: Rows, outputs: Sequence[torch.Tensor | None]) -> float:
         return 0.0

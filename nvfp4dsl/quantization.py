@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from nvfp4dsl import dispatch, emulator
-from nvfp4dsl.config.quantize import QuantizeSpec, QuantizeTile
+from nvfp4dsl.config.quantize import ROW_GROUP, QuantizeSpec, QuantizeTile
+from nvfp4dsl.config.spec import WARP
 from nvfp4dsl.constants import BLOCK, FP32_MIN_NORMAL
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.errors import LayoutError, OperandError, TargetError
@@ -52,6 +53,27 @@ def check_global_scale(global_scale: torch.Tensor | float) -> None:
             )
 
 
+def global_scale_for(x: torch.Tensor, global_scale: torch.Tensor | float | None) -> torch.Tensor | None:
+    """A caller's global scale as the kernel takes it: fp32, on x's device, of a shape that fits x's batch.
+
+    Raises:
+        OperandError: it does not fit, or :func:`check_global_scale` refuses it.
+    """
+    if global_scale is None:
+        return None
+    check_global_scale(global_scale)
+    if not isinstance(global_scale, torch.Tensor):
+        return torch.full((), global_scale, dtype=torch.float32, device=x.device)
+    batch = x.shape[:-2]
+    if global_scale.shape not in (torch.Size(), batch):
+        raise OperandError(
+            f"global_scale has shape {list(global_scale.shape)}; allowed: [] or {list(batch)}, one for each matrix"
+        )
+    if global_scale.device != x.device:
+        raise OperandError(f"global_scale is on {global_scale.device}, x on {x.device}; move it with .to(device)")
+    return global_scale
+
+
 def quantize(
     x: torch.Tensor,
     global_scale: torch.Tensor | None,
@@ -84,7 +106,7 @@ def quantize(
     codes, scales, linear = empty(x, layout, linear_scales)
     dynamic = global_scale is None
     if dynamic:
-        global_scale = torch.empty(batch if per_matrix else (), dtype=torch.float32, device=x.device)
+        global_scale = empty_scale(x, per_matrix)
     own = global_scale if dynamic else None
     if not x.numel():
         if own is not None:
@@ -146,14 +168,18 @@ def empty(x: torch.Tensor, layout: str, linear_scales: bool) -> tuple[torch.Tens
     )
 
 
+def empty_scale(x: torch.Tensor, per_matrix: bool) -> torch.Tensor:
+    """x's own global scale, or one for each matrix, not filled."""
+    return x.new_empty(x.shape[:-2] if per_matrix else (), dtype=torch.float32)
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_tile(rows: int, blocks: int, sms: int, loads: int = 2) -> QuantizeTile:
-    """As many blocks along K as a warp has lanes, or as there are; and ``loads`` rows a thread, where that leaves CTAs
+def choose_tile(rows: int, blocks: int, sms: int) -> QuantizeTile:
+    """As many blocks along K as a warp has lanes, or as there are; and four rows a thread, where that leaves two CTAs
     for every multiprocessor."""
-    along_k = min(32, 1 << (blocks - 1).bit_length())
-    tile = QuantizeTile(along_k, loads)
-    ctas = ceil_div(blocks, along_k) * ceil_div(rows, tile.cta_rows)
-    return tile if ctas >= 2 * sms else QuantizeTile(along_k, 1)
+    along_k = min(WARP, 1 << (blocks - 1).bit_length())
+    tile = QuantizeTile(along_k, 4, min(256, ROW_GROUP * along_k))
+    return tile if ceil_div(blocks, along_k) * tile.row_tiles(rows) >= 2 * sms else QuantizeTile(along_k, 1)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -169,8 +195,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 def _partials(rows: torch.Tensor, groups: int, target: str, sms: int) -> torch.Tensor:
     """fp32 [groups, P]: maxima of the shares of x that the global scales are derived from."""
     matrices, m, k = rows.shape
-    tile = choose_tile(matrices * m, k // BLOCK, sms, 4)
-    tiles = matrices // groups * ceil_div(m, tile.cta_rows) * ceil_div(k // BLOCK, tile.blocks)
+    tile = choose_tile(matrices * m, k // BLOCK, sms)
+    tiles = matrices // groups * tile.row_tiles(m) * ceil_div(k // BLOCK, tile.blocks)
     partials = rows.new_empty((groups, min(tiles, REDUCE_CTAS_PER_SM * sms)), dtype=torch.float32)
     spec = QuantizeSpec(dtype=dispatch.FLOATS[rows.dtype], reduce=True)
     kernel = dispatch.kernel_for(spec, tile, target)  # type: ignore[arg-type]

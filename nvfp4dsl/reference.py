@@ -48,6 +48,22 @@ def _global_scale(x: torch.Tensor, row_ends: tuple[int, ...] | None, per_matrix:
     return scale if row_ends else scale.squeeze(-1)
 
 
+def check_rows(x: torch.Tensor) -> None:
+    """Raise :class:`OperandError` unless ``x`` has a dtype and a shape that quantization takes."""
+    if x.dtype not in FLOATS:
+        raise OperandError(f"x is {x.dtype}; quantize takes bfloat16, float16 or float32")
+    if x.ndim < 2:
+        raise OperandError(f"x has shape {list(x.shape)}; quantize takes [..., N, K], at least two dimensions")
+    check_k(x.shape[-1], "K (the last dimension of x)")
+
+
+def check_finite(x: torch.Tensor) -> None:
+    """Raise :class:`OperandError` for an infinity or a NaN in ``x``, where its values may be read."""
+    if values_at_hand(x) and not bool(torch.isfinite(x).all()):
+        index = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise OperandError(f"x{index} is {x[tuple(index)].item()}; quantize takes finite values only")
+
+
 def quantize(
     x: torch.Tensor,
     global_scale: torch.Tensor | float | None = None,
@@ -72,15 +88,8 @@ def quantize(
     Raises:
         OperandError: unfit dtype, shape, K, or a value that is not finite.
     """
-    if x.dtype not in FLOATS:
-        raise OperandError(f"x is {x.dtype}; quantize takes bfloat16, float16 or float32")
-    if x.ndim < 2:
-        raise OperandError(f"x has shape {list(x.shape)}; quantize takes [..., N, K], at least two dimensions")
-    check_k(x.shape[-1], "K (the last dimension of x)")
-    if values_at_hand(x) and not bool(torch.isfinite(x).all()):
-        index = (~torch.isfinite(x)).nonzero()[0].tolist()
-        raise OperandError(f"x{index} is {x[tuple(index)].item()}; quantize takes finite values only")
-
+    check_rows(x)
+    check_finite(x)
     x = x.float()
     *batch, n, k = x.shape
     if global_scale is None:

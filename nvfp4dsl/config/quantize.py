@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from nvfp4dsl.config.spec import FLOAT_BYTES, WARP
 from nvfp4dsl.errors import TileError
+from nvfp4dsl.layouts import SCALE_ATOM_SHAPE
 from nvfp4dsl.targets import Target, get_target
 
 SOURCES = ("rows",)
 LAYOUTS = ("blackwell", "canonical")
+ROW_GROUP = SCALE_ATOM_SHAPE[0][0]
 
 
 @dataclass(frozen=True)
@@ -50,27 +53,29 @@ class QuantizeSpec:
 
 @dataclass(frozen=True)
 class QuantizeTile:
-    """What a CTA covers at a time: ``blocks`` blocks of 16 along K, in as many rows as its threads allow, ``rows``
-    times over.
+    """What a CTA covers: ``blocks`` blocks of 16 along K, of ``threads / blocks`` rows and of those 32, 64, .. further.
 
     Attributes:
-        blocks: a power of two, at most ``threads``; a thread takes one block of a row.
-        rows: rows a thread takes, so that their loads are under way together.
+        blocks: a thread takes one block of a row.
+        rows: of 1, 2 and 4 rows, 32 apart, so that their loads are under way together.
         threads: of a CTA, whole warps.
     """
 
     blocks: int = 32
-    rows: int = 2
+    rows: int = 4
     threads: int = 256
 
     @property
     def row_step(self) -> int:
-        """Rows from one that a thread takes to its next."""
+        """Neighbouring rows."""
         return self.threads // self.blocks
 
-    @property
-    def cta_rows(self) -> int:
-        return self.row_step * self.rows
+    def row_tiles(self, rows: Any) -> Any:
+        """Tiles that cover so many rows (an int, or a kernel's)."""
+        if self.rows == 1:
+            return (rows + (self.row_step - 1)) // self.row_step
+        group = ROW_GROUP * self.rows
+        return (rows + (group - 1)) // group * (ROW_GROUP // self.row_step)
 
     @classmethod
     def parse(cls, text: str) -> QuantizeTile:
@@ -106,8 +111,10 @@ def plan(spec: QuantizeSpec, tile: QuantizeTile, target: str | Target) -> Quanti
     """
     target = get_target(target) if isinstance(target, str) else target
     powers = [1 << i for i in range(11)]
-    if tile.blocks not in powers or tile.threads not in powers or tile.threads < WARP or tile.rows not in powers:
-        raise TileError(f"tile {tile}: blocks, rows and threads must be powers of two, threads from {WARP} to 1024")
-    if tile.blocks > tile.threads:
-        raise TileError(f"tile {tile}: {tile.blocks} blocks along K need as many threads, and a CTA has {tile.threads}")
+    if tile.blocks not in powers or tile.threads not in powers or tile.threads < WARP or tile.blocks > tile.threads:
+        raise TileError(f"tile {tile}: threads are a power of two from {WARP} to 1024, blocks one up to that")
+    if tile.rows not in (1, 2, 4) or (tile.rows > 1 and tile.row_step > ROW_GROUP):
+        raise TileError(
+            f"tile {tile}: a thread takes 1, 2 or 4 rows; more than one only if threads / blocks is at most {ROW_GROUP}"
+        )
     return QuantizePlan(spec, tile, hardware_e2m1=target.capability >= (10, 0))

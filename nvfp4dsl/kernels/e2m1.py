@@ -70,9 +70,9 @@ def maximum_magnitude(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
 
 @dsl_user_op
 def maximum_magnitude_x2(x: Int32, y: Int32, dtype: str, *, loc=None, ip=None) -> Int32:
-    """:func:`maximum_magnitude` of each half of two words, ``dtype`` bf16 or fp16."""
+    """:func:`maximum_magnitude` of each half of two words, ``dtype`` bf16 or fp16; the sign is that of the product."""
     kind = {"bf16": "bf16x2", "fp16": "f16x2"}[dtype]
-    text = f"{{ .reg .b32 a, b; abs.{kind} a, $1; abs.{kind} b, $2; max.NaN.{kind} $0, a, b; }}"
+    text = f"max.NaN.xorsign.abs.{kind} $0, $1, $2;"
     return Int32(_asm(T.i32(), [x, y], text, "=r,r,r", pure=True, loc=loc, ip=ip))
 
 

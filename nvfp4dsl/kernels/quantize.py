@@ -48,6 +48,8 @@ from nvfp4dsl.layouts import (
 BLOCK_BYTES = BLOCK // NIBBLES
 LOAD_BYTES = 16
 ALIGN = 8  # of what kernels write: blocks of codes
+#: rows this far apart have their scales next to each other in an atom
+ROW_GROUP, GROUP_SCALE_STRIDE = SCALE_ATOM_SHAPE[0][0], SCALE_ATOM_STRIDE[0][1]
 SCALE_ATOM = IntLayout(SCALE_ATOM_SHAPE, SCALE_ATOM_STRIDE)
 #: e4m3 rounds what is above this (halfway to the next value, had it one) past its largest value
 SATURATED = 464.0
@@ -81,10 +83,9 @@ class Amax:
         share, group, _ = cute.arch.block_idx()
         # all matrices where they share a global scale
         matrices = mX.shape[0] // mPartials.shape[0]
-        walk = Walk(self.plan, Rows(self.plan, mX), thread)
-        largest = CtaMaximum(self.plan.tile.threads).of(
-            walk.amax(group * matrices, matrices, share, mPartials.shape[1])
-        )
+        mine = Share(self.plan, Rows(self.plan, mX), thread)
+        largest = mine.amax(group * matrices, matrices, share, mPartials.shape[1])
+        largest = CtaMaximum(self.plan.tile.threads).of(largest)
         if thread == 0:
             mPartials[group, share] = float_of_bits(largest)
 
@@ -95,36 +96,51 @@ def _overlap_launches() -> None:
     cute.arch.griddepcontrol_wait()
 
 
-class Walk:
-    """A thread's way through the tiles that its CTA has a share in."""
+class Place:
+    """Which blocks a thread takes of a tile: one along K, in rows 32 apart, whose swizzled scales are neighbours."""
+
+    def __init__(self, tile: QuantizeTile, thread: Int32):
+        self.tile = tile
+        self.block, self.row = thread % tile.blocks, thread // tile.blocks
+
+    def of(self, row_tile: Int32, k_tile: Int32) -> tuple:
+        """(first row, block along K)."""
+        tile, steps = self.tile, ROW_GROUP // self.tile.row_step
+        row = row_tile * tile.row_step
+        if tile.rows > 1:
+            row = row_tile // steps * (ROW_GROUP * tile.rows) + row_tile % steps * tile.row_step
+        return row + self.row, k_tile * tile.blocks + self.block
+
+
+class Share:
+    """A thread's part in a CTA's share of the tiles: every so many of all tiles of all matrices."""
 
     def __init__(self, plan: QuantizePlan, source, thread: Int32):
-        self.tile, self.source, self.thread = plan.tile, source, thread
+        self.tile, self.source, self.place = plan.tile, source, Place(plan.tile, thread)
         self.k_tiles = cute.ceil_div(source.blocks, plan.tile.blocks)
-        self.row_tiles = cute.ceil_div(source.rows, plan.tile.cta_rows)
+        self.row_tiles = plan.tile.row_tiles(source.rows)
 
     @cute.jit
-    def amax(self, first: Int32, matrices: Int32, share: Int32, shares: Int32):
-        """The largest magnitude in ``matrices`` matrices from ``first`` on, as bits: magnitudes have no sign, so they
+    def amax(self, batch: Int32, matrices: Int32, first: Int32, step: Int32):
+        """The largest magnitude in ``matrices`` matrices from ``batch`` on, as bits: magnitudes have no sign, so they
         compare as integers do, and NaN is above infinity."""
+        k_tiles, row_tiles = self.k_tiles, self.row_tiles
+        k_tile, row_tile = first % k_tiles, first // k_tiles
+        k_step, row_step = step % k_tiles, step // k_tiles
         largest = Int32(0)
-        for item in cutlass.range(share, matrices * self.row_tiles * self.k_tiles, shares, unroll=1):
-            matrix_tile = item // self.k_tiles
-            batch, row_tile = first + matrix_tile // self.row_tiles, matrix_tile % self.row_tiles
-            for words in self.load(batch, row_tile, item % self.k_tiles):
+        for _ in cutlass.range(first, matrices * row_tiles * k_tiles, step, unroll=1):
+            while row_tile >= row_tiles:
+                row_tile -= row_tiles
+                batch += 1
+            row, block = self.place.of(row_tile, k_tile)
+            for words in self.source.load(batch, row, block, self.tile.rows):
                 largest = cutlass.max(largest, bits_of_float(self.source.magnitude(words)))
+            k_tile += k_step
+            row_tile += row_step
+            if k_tile >= k_tiles:
+                k_tile -= k_tiles
+                row_tile += 1
         return largest
-
-    def load(self, batch: Int32, row_tile: Int32, k_tile: Int32) -> list:
-        """The words of this thread's blocks of a tile."""
-        block, rows = self.blocks_of(row_tile, k_tile)
-        return [self.source.load(batch, row, block) for row in rows]
-
-    def blocks_of(self, row_tile: Int32, k_tile: Int32) -> tuple:
-        """(block along K, rows) that this thread takes of a tile."""
-        tile = self.tile
-        row = row_tile * tile.cta_rows + self.thread // tile.blocks
-        return k_tile * tile.blocks + self.thread % tile.blocks, [row + i * tile.row_step for i in range(tile.rows)]
 
 
 class CtaMaximum:
@@ -177,10 +193,8 @@ class Quantize:
     ):
         out = Destination(self.plan, x.shape[2], codes, scales, linear)
         tile = self.plan.tile
-        k_tiles = cute.ceil_div(out.padded_blocks, tile.blocks)
-        row_tiles = cute.ceil_div(out.padded_rows, tile.cta_rows)
         self.kernel(x, partials, global_scale, codes, scales, linear, saturation).launch(
-            grid=[k_tiles * row_tiles, x.shape[0], 1],
+            grid=[cute.ceil_div(out.padded_blocks, tile.blocks), tile.row_tiles(out.padded_rows), x.shape[0]],
             block=[tile.threads, 1, 1],
             stream=stream,
             use_pdl=True,
@@ -200,23 +214,22 @@ class Quantize:
         _overlap_launches()
         plan, tile = self.plan, self.plan.tile
         thread, _, _ = cute.arch.thread_idx()
-        item, batch, _ = cute.arch.block_idx()
+        k_tile, row_tile, batch = cute.arch.block_idx()
         source, out = Rows(plan, mX), Destination(plan, mX.shape[2], mCodes, mScales, mLinear)
-        walk = Walk(plan, source, thread)
-        k_tiles = cute.ceil_div(out.padded_blocks, tile.blocks)
-        row_tile, k_tile = item // k_tiles, item % k_tiles
-        block, rows = walk.blocks_of(row_tile, k_tile)
-        raw = walk.load(batch, row_tile, k_tile)
+        row, block = Place(tile, thread).of(row_tile, k_tile)
+        blocks = source.load(batch, row, block, tile.rows)
+        first = k_tile + row_tile + thread == 0
         if cutlass.const_expr(plan.spec.dynamic):
-            scaling = Scaling(plan, _dynamic_scale(plan, mPartials, mGlobal, batch, thread, item == 0))
+            scaling = Scaling(plan, _dynamic_scale(plan, mPartials, mGlobal, batch, thread, first))
         else:
             scaling = Scaling(plan, mGlobal[batch])
         if cutlass.const_expr(plan.spec.count):
-            _count_blocks(mSaturation, Int64(source.rows) * source.blocks, item == 0 and thread == 0)
-        for r, words in zip(rows, raw, strict=True):
+            _count_blocks(mSaturation, Int64(source.rows) * source.blocks, first)
+        out.place(batch, row, block)
+        for i, words in enumerate(blocks):
             values = source.values(words)
             low, high, scale, wanted = scaling.quantize(values, source.magnitude(words))
-            out.store(batch, r, block, low, high, scale)
+            out.store(i, low, high, scale)
             if cutlass.const_expr(plan.spec.count):
                 _count_saturated(mSaturation, wanted > SATURATED)
 
@@ -233,7 +246,7 @@ def _dynamic_scale(plan, mPartials: cute.Tensor, mGlobal: cute.Tensor, batch, th
     scale = maximum(divide(amax, Float32(E4M3_MAX * E2M1_MAX)), Float32(FP32_MIN_NORMAL))
     if amax == 0.0:
         scale = Float32(1.0)
-    if first and thread == 0 and batch < groups:
+    if first and batch < groups:
         mGlobal[batch] = scale
     return scale
 
@@ -260,14 +273,19 @@ class Rows:
         self.blocks = k // BLOCK
         self.bytes = FLOAT_BYTES[self.dtype]
 
-    def load(self, batch: Int32, row: Int32, block: Int32) -> list:
-        """The words of a block, 16 bytes a load; zeros outside the tensor."""
+    def load(self, batch: Int32, row: Int32, block: Int32, count: int) -> list[list]:
+        """The words of ``count`` blocks, of rows 32 apart; zeros outside the tensor."""
         batch_stride, row_stride, _ = self.mX.stride
         offset = Int64(batch) * batch_stride + Int64(row) * row_stride + Int64(block) * BLOCK
         address = Int64(self.mX.iterator.toint()) + offset * self.bytes
-        limit = cutlass.select_(row < self.rows, self.blocks, Int32(0))
-        loads = [load_global_v4_if(address + i, block, limit) for i in range(0, BLOCK * self.bytes, LOAD_BYTES)]
-        return [word for words in loads for word in words]
+        step = Int64(row_stride) * (ROW_GROUP * self.bytes)
+        words = []
+        for i in range(count):
+            limit = cutlass.select_(row + i * ROW_GROUP < self.rows, self.blocks, Int32(0))
+            loads = [load_global_v4_if(address + j, block, limit) for j in range(0, BLOCK * self.bytes, LOAD_BYTES)]
+            words.append([word for load in loads for word in load])
+            address += step
+        return words
 
     def values(self, words: list) -> list:
         if self.dtype == "fp32":
@@ -278,7 +296,7 @@ class Rows:
         """The block's largest magnitude, NaN if there is one."""
         if self.dtype == "fp32":
             return _tree(maximum_magnitude, [float_of_bits(word) for word in words])
-        pair = _tree(lambda a, b: maximum_magnitude_x2(a, b, self.dtype), words)
+        pair = _tree(lambda a, b: maximum_magnitude_x2(a, b, self.dtype), words)  # but for the sign
         return maximum_magnitude(*unpack_halves(pair, self.dtype))
 
 
@@ -356,26 +374,37 @@ class Destination:
         else:
             self.padded_rows, self.padded_blocks = self.rows, self.blocks
 
+    def place(self, batch: Int32, row: Int32, block: Int32) -> None:
+        """Where the first of a thread's blocks goes."""
+        self.row, self.block = row, block
+        matrix_row = Int64(batch) * self.rows + row
+        self.codes = Int64(self.mCodes.iterator.toint()) + matrix_row * self.row_bytes + block * BLOCK_BYTES
+        self.codes_step = Int64(self.row_bytes) * ROW_GROUP
+        mLinear = self.mLinear
+        if self.swizzled:
+            _, row_atoms, k_atoms, _ = self.mScales.shape
+            atom = (Int64(batch) * row_atoms + row // SCALE_ATOM_ROWS) * k_atoms + block // SCALE_ATOM_BLOCKS
+            within = SCALE_ATOM(row % SCALE_ATOM_ROWS, block % SCALE_ATOM_BLOCKS * BLOCK)
+            self.scales = Int64(self.mScales.iterator.toint()) + atom * SCALE_ATOM_BYTES + within
+        else:
+            mLinear = self.mScales
+        if mLinear is not None:
+            self.linear = Int64(mLinear.iterator.toint()) + matrix_row * self.blocks + block
+            self.linear_step = Int64(self.blocks) * ROW_GROUP
+
     @cute.jit
-    def store(self, batch: Int32, row: Int32, block: Int32, low: Int32, high: Int32, scale: Int32):
-        """A block outside the tensor has zero codes; its scale is a pad too."""
-        rows, blocks = self.rows, self.blocks
-        matrix_row = Int64(batch) * rows + row
-        code_blocks, row_bytes, mCodes = self.code_blocks, self.row_bytes, self.mCodes
-        if row < rows and block < code_blocks:
-            store_global_v2(Int64(mCodes.iterator.toint()) + matrix_row * row_bytes + block * BLOCK_BYTES, low, high)
+    def store(self, i: cutlass.Constexpr, low: Int32, high: Int32, scale: Int32):
+        """The i-th of a thread's blocks. One outside the tensor has zero codes; its scale is a pad too."""
+        row, block, rows, blocks = self.row + i * ROW_GROUP, self.block, self.rows, self.blocks
+        if row < rows and block < self.code_blocks:
+            store_global_v2(self.codes + self.codes_step * i, low, high)
         inside = cutlass.and_(row < rows, block < blocks)
-        mLinear = self.mScales
-        if cutlass.const_expr(self.swizzled):
-            mScales, mLinear = self.mScales, self.mLinear
+        if cutlass.const_expr(self.swizzled):  # noqa: SIM102 (one is static, one dynamic)
             if row < self.padded_rows and block < self.padded_blocks:
-                atom_row = (Int64(batch) * mScales.shape[1] + (row >> 7)) * mScales.shape[2] + (block >> 2)
-                within = SCALE_ATOM(row & (SCALE_ATOM_ROWS - 1), (block & (SCALE_ATOM_BLOCKS - 1)) * BLOCK)
-                byte = cutlass.select_(inside, scale, Int32(0))
-                store_global_u8(Int64(mScales.iterator.toint()) + atom_row * SCALE_ATOM_BYTES + within, byte)
-        if cutlass.const_expr(mLinear is not None):  # noqa: SIM102 (one is static, one dynamic)
+                store_global_u8(self.scales + i * GROUP_SCALE_STRIDE, cutlass.select_(inside, scale, Int32(0)))
+        if cutlass.const_expr(not self.swizzled or self.mLinear is not None):  # noqa: SIM102
             if inside:
-                store_global_u8(Int64(mLinear.iterator.toint()) + matrix_row * blocks + block, scale)
+                store_global_u8(self.linear + self.linear_step * i, scale)
 
 
 def build(spec: QuantizeSpec, tile: QuantizeTile, target: str) -> tuple[Quantize | Amax, tuple]:

@@ -66,11 +66,16 @@ def arithmetic(t: Translator, i: Instruction):
     return _half(t, i, _FUNCTIONS[i.parts[0]])
 
 
-@instruction(rf"(min|max)(\.NaN)?\.{HALF}")
+@instruction(rf"(min|max)(\.NaN)?(\.xorsign\.abs)?\.{HALF}")
 def extremum(t: Translator, i: Instruction):
+    """``.xorsign.abs``: of the magnitudes, with the sign of the product."""
     nan = "NaN" in i.parts
     pick = _larger if i.parts[0] == "max" else _smaller
-    return _half(t, i, lambda a, b: pick(a, b, nan))
+    if "xorsign" not in i.parts:
+        return _half(t, i, lambda a, b: pick(a, b, nan))
+    return _half(
+        t, i, lambda a, b: np.copysign(pick(abs(a), abs(b), nan), np.where(np.signbit(a) ^ np.signbit(b), -1.0, 1.0))
+    )
 
 
 @instruction(rf"(neg|abs)\.{HALF}")
