@@ -11,13 +11,13 @@ from collections.abc import Iterable
 
 import torch
 
-from nvfp4dsl import dispatch, eager, reference
+from nvfp4dsl import dispatch, eager, quantization, reference
 from nvfp4dsl.config import TileConfig
 from nvfp4dsl.dispatch import DEFAULT_OVERLAP
 from nvfp4dsl.errors import ModeError, OperandError, TargetError
-from nvfp4dsl.formats import NVFP4Tensor
+from nvfp4dsl.formats import CANONICAL, NVFP4Tensor
 from nvfp4dsl.jit import CompiledKernel
-from nvfp4dsl.packing import prepare
+from nvfp4dsl.packing import BLACKWELL, layout_for, prepare
 from nvfp4dsl.targets import Target, get_target
 
 
@@ -30,10 +30,28 @@ def quantize(
 ) -> NVFP4Tensor:
     """Quantize a tensor to NVFP4, in the layout its device reads: canonical on a CPU, the device's own on a GPU, the
     emulated target's inside ``emulate``. Arguments, recipe and errors: :func:`nvfp4dsl.reference.quantize`.
+
+    On a GPU, and inside ``emulate``, a kernel does it, with the same bits (the reference, where ``row_ends`` are
+    given). Nothing waits for the GPU, so values there go unchecked: an infinity becomes the largest value of a block of
+    the largest scale, a NaN makes its block NaN, and a ``global_scale`` that is not finite, positive and normal makes
+    everything NaN, as does an infinity or a NaN without a ``global_scale``.
     """
-    quantized = reference.quantize(x, global_scale, row_ends=row_ends, per_matrix=per_matrix)
     target = dispatch.site(x.device)
-    return quantized if target is None else prepare(quantized, target.name)
+    if target is None or row_ends is not None:
+        quantized = reference.quantize(x, global_scale, row_ends=row_ends, per_matrix=per_matrix)
+        return quantized if target is None else prepare(quantized, target.name)
+    reference.check_rows(x)
+    if x.device.type == "cpu":
+        reference.check_finite(x)
+    layout = BLACKWELL if layout_for(target.name) == BLACKWELL else CANONICAL
+    return prepare(_quantized(x, quantization.global_scale_for(x, global_scale), layout, per_matrix), target.name)
+
+
+def _quantized(x: torch.Tensor, global_scale: torch.Tensor | None, layout: str, per_matrix: bool) -> NVFP4Tensor:
+    """x in ``layout``, by the kernel of the place it lives in."""
+    qdata, scale, *own = torch.ops.nvfp4dsl.quantize(x, global_scale, layout, per_matrix)
+    n, k = x.shape[-2:]
+    return _tensor(qdata, scale, own[0] if global_scale is None else global_scale, layout, n, k, [])
 
 
 def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -193,6 +211,20 @@ def _tensor(
     )
 
 
+@torch.library.custom_op("nvfp4dsl::quantize", mutates_args=())
+def _quantize(x: torch.Tensor, global_scale: torch.Tensor | None, layout: str, per_matrix: bool) -> list[torch.Tensor]:
+    """Codes, scale bytes, and x's own global scale unless one is given."""
+    codes, scales, own, _ = quantization.quantize(x, global_scale, layout=layout, per_matrix=per_matrix)
+    return [codes, scales] if own is None else [codes, scales, own]
+
+
+@_quantize.register_fake
+def _(x, global_scale, layout, per_matrix):
+    codes, scales, _ = quantization.empty(x, layout)
+    own = [] if global_scale is not None else [quantization.empty_scale(x, per_matrix)]
+    return [codes, scales, *own]
+
+
 @torch.library.custom_op("nvfp4dsl::mm", mutates_args=())
 def _mm(
     a_qdata: torch.Tensor,
@@ -263,7 +295,8 @@ def _linear(
         )
     if activation == "nvfp4" and "nvfp4" in target.mainloops:
         rows = x if weight.batch_shape else x.reshape(-1, x.shape[-1])
-        y = dispatch.gemm(prepare(reference.quantize(rows), target.name), weight, bias, out_dtype=x.dtype)
+        dispatch.check_layout("weight", weight, target, "nvfp4")  # before anything is launched
+        y = dispatch.gemm(_quantized(rows, None, BLACKWELL, per_matrix=False), weight, bias, out_dtype=x.dtype)
     else:
         y = _linear_w4a16(x.reshape(-1, x.shape[-1]), weight, bias, activation, target, x.dtype, overlap)
     return y.reshape(*x.shape[:-1], weight.shape[-2])
@@ -285,7 +318,8 @@ def _linear_w4a16(
     """
     factor = None
     if activation == "nvfp4":
-        quantized = reference.quantize(rows)
+        dispatch.check_layout("weight", weight, target, "bf16")  # before anything is launched
+        quantized = _quantized(rows, None, CANONICAL, per_matrix=False)
         rows, factor = reference.scaled_codes(quantized, torch.bfloat16), quantized.global_scale
     return dispatch.w4a16(rows, weight, bias, target, out_dtype, overlap=overlap, factor=factor)
 

@@ -72,7 +72,9 @@ def test_ties(target, case):
 @SEARCH
 @given(
     tensors(max_rows=5, max_k=64),
-    st.one_of(st.none(), st.floats(2.0**-126, 2.0**127, width=32), st.sampled_from([2.0**-126, 2.0**-110, 2.0**90, 3e38])),
+    st.one_of(
+        st.none(), st.floats(2.0**-126, 2.0**127, width=32), st.sampled_from([2.0**-126, 2.0**-110, 2.0**90, 2.0**127])
+    ),
     st.integers(0, 3),
 )
 def test_any_values(target, x, global_scale, seed):
