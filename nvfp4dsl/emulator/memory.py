@@ -27,6 +27,7 @@ from nvfp4dsl.emulator.faults import (
     ReadOnlyStore,
     UninitialisedRead,
 )
+from nvfp4dsl.emulator.handover import Handover
 from nvfp4dsl.emulator.races import Shadow
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class GlobalMemory:
         self.ends = np.array([b.address + b.data.size for b in self.buffers], np.uint64)
         self.init = [None if b.init else np.zeros(b.data.size, bool) for b in self.buffers]
         self.history: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # buffer -> (agent + 1, event << 20 | cluster)
+        self.handover = Handover()
 
     def locate(self, addresses: np.ndarray, size: int, warps: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(buffer, offset) of each access, which must lie wholly inside one buffer."""
@@ -252,6 +254,8 @@ class GlobalMemory:
         same = (stamps & ((1 << PC_BITS) - 1)) == author.cluster[:, None]
         own = (agents - 1 == author.agent[:, None]) & (stamps == author.stamp[:, None])
         unordered = (agents != 0) & ~own & ~(same & (stamps >> PC_BITS <= known))
+        if (unordered & ~same).any():
+            unordered &= same | ~self.handover.orders(author.cluster, author.known, np.maximum(agents, 1) - 1, stamps)
         if unordered.any():
             first = np.unravel_index(np.argmax(unordered), unordered.shape)
             raise DataRace(

@@ -225,7 +225,7 @@ def atomic(t: Translator, i: Instruction):
     first = 1 if returns else 0
     write = t.write(i.operands[0]) if returns else None
     address, value = t.address(i.operands[first]), t.read(i.operands[first + 1], i.parts[-1])
-    return _atomic(t.machine, _access(i)[0], write, address, dtype, lambda g: [value(g)], OPERATIONS[operation])
+    return _atomic(t.machine, i, _access(i)[0], write, address, dtype, lambda g: [value(g)], OPERATIONS[operation])
 
 
 @instruction(rf"atom{QUALIFIERS}{_ATOM_SPACE}{QUALIFIERS}\.cas{QUALIFIERS}\.(b32|b64)")
@@ -235,7 +235,7 @@ def compare_and_swap(t: Translator, i: Instruction):
     swap = lambda old, expected, value: np.where(old == expected, value, old)  # noqa: E731
     read_all = lambda g: [compare(g), new(g)]  # noqa: E731
     write, address = t.write(i.operands[0]), t.address(i.operands[1])
-    return _atomic(t.machine, _access(i)[0], write, address, dtype_of(kind), read_all, swap)
+    return _atomic(t.machine, i, _access(i)[0], write, address, dtype_of(kind), read_all, swap)
 
 
 @instruction(rf"red{QUALIFIERS}\.global{QUALIFIERS}\.add\.(v2|v4)\.f32")
@@ -248,11 +248,13 @@ def vector_reduction(t: Translator, i: Instruction):
         value = t.read(item, "f32")
         address = lambda g, n=n: base(g) + np.uint64(4 * n)  # noqa: E731
         operands = lambda g, v=value: [v(g)]  # noqa: E731
-        steps.append(_atomic(t.machine, "global", None, address, dtype_of("f32"), operands, OPERATIONS["add"]))
+        steps.append(_atomic(t.machine, i, "global", None, address, dtype_of("f32"), operands, OPERATIONS["add"]))
     return lambda g: [step(g) for step in steps]
 
 
-def _atomic(machine, space: str, write, address, dtype: np.dtype, operands, function):
+def _atomic(machine, i: Instruction, space: str, write, address, dtype: np.dtype, operands, function):
+    acquire, release = ({order, "acq_rel"} & set(i.parts) != set() for order in ("acquire", "release"))
+
     def exchange(where: np.ndarray, warp: np.ndarray, values: list[np.ndarray], part: str, pc: int) -> np.ndarray:
         """One lane's old value, [1]."""
         if part.startswith("shared"):
@@ -267,6 +269,9 @@ def _atomic(machine, space: str, write, address, dtype: np.dtype, operands, func
         else:
             new = np.asarray(function(old, *values), dtype)
         machine.memory.write_atomic(where, new[:, None].view(np.uint8), warp)
+        if acquire or release:
+            word, lane_warp = int(where[0]), int(warp[0])
+            machine.memory.handover.visit(word, lane_warp, machine.clocks, machine.first_cta, acquire, release)
         return old
 
     def run(g: Group) -> None:

@@ -151,6 +151,41 @@ def test_a_store_that_two_ctas_make():
         execute("st.global.b32 [%out], 1;", outputs=OUT, grid=2)
 
 
+HAND_OVER = """
+    mov.u32 %r1, %ctaid.x; shl.b32 %r2, %r1, 6; add.s32 %r2, %r2, %r0;
+    mul.wide.u32 %d1, %r2, 4; add.s64 %d1, %parts, %d1; st.global.b32 [%d1], %r2;
+    bar.sync 0; // before
+    setp.ne.s32 %p1, %r0, 0; mov.u32 %r3, smem;
+    @%p1 bra counted;
+    atom.acq_rel.gpu.global.inc.u32 %r4, [%count], 1; st.shared.b32 [%r3], %r4;
+    counted:
+    bar.sync 0; // after
+    ld.shared.b32 %r4, [%r3]; setp.eq.s32 %p2, %r4, 0;
+    @%p2 bra done;
+    xor.b32 %r5, %r2, 127; mul.wide.u32 %d2, %r5, 4; add.s64 %d3, %parts, %d2; ld.global.b32 %r6, [%d3];
+    mul.wide.u32 %d2, %r0, 4; add.s64 %d2, %out, %d2; st.global.b32 [%d2], %r6;
+    done:
+"""
+
+
+def test_an_atomic_hands_over_what_another_cta_wrote():
+    """The last of two CTAs reads what the other's warps wrote, crosswise; the counter is zero again."""
+    outputs = {"parts": np.zeros(128, np.uint32), "out": np.zeros(64, np.uint32), "count": np.zeros(1, np.uint32)}
+    options = {"outputs": outputs, "block": 64, "grid": 2, "initialised": True}
+    for seed in range(4):
+        out, _ = execute(HAND_OVER, **options, seed=seed)
+        assert out["count"] == 0
+        assert out["out"].tolist() in (list(range(127, 63, -1)), list(range(63, -1, -1)))
+        for needed, instead in (
+            ("atom.acq_rel.gpu", "atom.relaxed.gpu"),
+            ("atom.acq_rel.gpu", "atom.release.gpu"),
+            ("atom.acq_rel.gpu", "atom.acquire.gpu"),
+            ("bar.sync 0; // before", ""),
+        ):
+            with pytest.raises(DataRace, match="another CTA"):
+                execute(HAND_OVER.replace(needed, instead), **options, seed=seed)
+
+
 def test_programs_that_are_refused():
     with pytest.raises(UnknownInstruction, match=r"frobnicate\.b32.*tcgen05\.fence") as caught:
         execute("frobnicate.b32 %r1, %r0; tcgen05.fence::before_thread_sync;")
