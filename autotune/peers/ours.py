@@ -26,7 +26,7 @@ class Ours(LinearPeer):
         target = site(weight.device)
         assert target is not None  # the weight is on a CUDA device
         try:
-            return prepare(weight, target.name)
+            return prepare(weight, target.name, activation="bf16")
         except TargetError as error:
             raise MissingPeerError(str(error)) from error
 

@@ -14,6 +14,7 @@ from nvfp4dsl.cli.inspect import inspect_
 from nvfp4dsl.cli.kernels import compile_, emulate
 from nvfp4dsl.cli.output import Group
 from nvfp4dsl.cli.patches import patches
+from nvfp4dsl.cli.selftest import selftest_
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,5 +25,5 @@ def main(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
 
 
-for command in (doctor, demo, bench, compile_, emulate, inspect_, cache, patches):
+for command in (doctor, demo, bench, compile_, emulate, inspect_, selftest_, cache, patches):
     main.add_command(command)

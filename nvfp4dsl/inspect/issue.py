@@ -62,7 +62,7 @@ class _Warp:
     ready: float = 0.0
     scoreboards: list[float] = field(default_factory=lambda: [0.0] * 6)
     last: float = -1.0
-    in_flight: list[float] = field(default_factory=list)
+    groups: list[float] = field(default_factory=list)
 
 
 def simulate(path: Sequence[Instruction], sm: int, warps: int) -> float:
@@ -103,8 +103,8 @@ def _earliest(warp: _Warp, path: Sequence[Instruction], uses: Sequence[rates.Use
         time = max(time, busy.get(use.pipe, 0.0))
     if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
         allowed = int(instruction.operands[-1], 16)
-        if len(warp.in_flight) > allowed:
-            time = max(time, warp.in_flight[len(warp.in_flight) - allowed - 1])
+        if len(warp.groups) > allowed:
+            time = max(time, warp.groups[len(warp.groups) - allowed - 1])
     return time
 
 
@@ -113,8 +113,8 @@ def _issue(warp: _Warp, instruction: Instruction, use: rates.Use, time: float, b
     if use.pipe != "issue":
         done = max(time, busy.get(use.pipe, 0.0)) + use.cycles
         busy[use.pipe] = done
-    if rates.is_asynchronous(instruction):
-        warp.in_flight.append(done)
+    if rates.is_asynchronous(instruction) and "gsb0" in instruction.operands:  # it ends a group
+        warp.groups.append(done)
     if use.pipe == "tensor" and not rates.is_asynchronous(instruction):
         done = time
     if control.writes is not None:

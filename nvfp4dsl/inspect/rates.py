@@ -123,6 +123,11 @@ def _row(instruction: Instruction, sm: int) -> tuple[float, tuple[int, int, int]
     )  # fmt: skip
 
 
+def pipes_of(instruction: Instruction) -> int:
+    """Tensor pipes of a multiprocessor that can each take another such MMA: a wgmma occupies all of them."""
+    return 1 if is_asynchronous(instruction) else SUB_CORES
+
+
 def smem_bytes(instruction: Instruction) -> int:
     """Bytes a warp reads from or writes to shared memory, as if no two lanes shared a word."""
     name, parts = instruction.name, instruction.opcode.split(".")

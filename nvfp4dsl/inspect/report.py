@@ -51,6 +51,7 @@ class Report:
         mma: opcode of its MMA.
         mma_shape: its (m, n, k); None if unknown.
         mma_cycles: cycles for which one MMA keeps the tensor pipe of its sub-core; None if unknown.
+        mma_pipes: tensor pipes of a multiprocessor; 1 where all work on one MMA together (wgmma).
         mma_per_kstep: MMAs of one warp for each step along K.
         mma_per_iteration, instructions_per_iteration: of one warp, on the steady path.
         other_per_mma: instructions that are not MMAs, for each that is.
@@ -72,6 +73,7 @@ class Report:
     mma: str
     mma_shape: tuple[int, int, int] | None
     mma_cycles: float | None
+    mma_pipes: int
     mma_per_kstep: float
     mma_per_iteration: int
     instructions_per_iteration: int
@@ -131,8 +133,8 @@ def inspect(image: bytes, plan: Plan | None = None, mma_warps: int | None = None
 
 
 def plan_mma_warps(plan: Plan) -> int:
-    """Warps of a CTA that multiply."""
-    return plan.warps[0] * plan.warps[1]
+    """Warps of a CTA that multiply: they come in eights, and a producer's warpgroup, if there is one, adds four."""
+    return plan.threads // rates.WARP // 8 * 8
 
 
 def main_loop_of(code: list[Function]) -> tuple[Function, Graph, Loop, list[Block]]:
@@ -177,6 +179,7 @@ def _report(
         mma=mmas[0].opcode,
         mma_shape=rates.mma_shape(mmas[0], sm),
         mma_cycles=pipe,
+        mma_pipes=rates.pipes_of(mmas[0]),
         mma_per_kstep=count / k_steps(path),
         mma_per_iteration=count,
         instructions_per_iteration=len(path),

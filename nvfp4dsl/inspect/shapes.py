@@ -111,7 +111,7 @@ def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -
     resident = -(-ctas // device.sms)
     extent = -(-k // tile.k) * tile.k
     macs = math.prod(report.mma_shape)
-    mmas = tile.m * tile.n * extent / macs / rates.SUB_CORES
+    mmas = tile.m * tile.n * extent / macs / report.mma_pipes
     cycles = waves * resident * (mmas * report.cycles_per_mma_with(resident)) + waves * report.tile_overhead_cycles
     busy = min(ctas, device.sms)
     operands = tiles * (_x_bytes(plan.spec, tile.m, k) + tile.n * k * NVFP4_BYTES)
