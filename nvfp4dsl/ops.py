@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from nvfp4dsl import dispatch, eager, quantization, reference
 from nvfp4dsl.config import TileConfig
@@ -119,9 +120,17 @@ def linear(
         LaunchError: a CUDA graph is being captured, and the kernel is not loaded yet; see :func:`warmup`.
         TargetError: the device has no kernel for the mode.
     """
+    if not is_dynamo_compiling():  # which Dynamo takes for a constant, and looks no further
+        try:
+            known = weight.__dict__[eager.ATTRIBUTE]
+            launch = known[x.shape, None if bias is None else bias.dtype, activation, overlap]
+        except (AttributeError, KeyError):
+            launch = eager.remember(x, weight, bias, activation, overlap)
+        if launch is not None:
+            if (y := launch(x, bias)) is not None:
+                return y
+            eager.forget(weight)
     mode = activation or "bf16"
-    if mode == "bf16" and (y := eager.linear(x, weight, bias, overlap)) is not None:
-        return y
     reference.check_linear(x, weight, bias, mode)
     if overlap not in dispatch.OVERLAPS:
         raise ModeError(f"overlap is {overlap!r}; it must be {', '.join(map(repr, dispatch.OVERLAPS))}")

@@ -1,0 +1,199 @@
+"""The C launcher on CPU tensors, a Python function in the kernel's place: what it hands over, and when it does not."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+
+import pytest
+import torch
+import tvm_ffi
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nvfp4dsl.jit.launcher import launcher
+
+ROWS, K, N = 6, 32, 8
+
+
+class Kernel:
+    """y = x @ codes.T * alpha (+ bias), with one byte a code; what it was given is kept."""
+
+    def __init__(self):
+        self.calls, self.refuse = [], 0
+        self.function = tvm_ffi.convert(self)
+
+    def __call__(self, *arguments):
+        tensors = [view(a) if isinstance(a, tvm_ffi.Tensor) else a for a in arguments]
+        self.calls.append([(tuple(t.shape), t.stride()) if isinstance(t, torch.Tensor) else t for t in tensors])
+        if self.refuse:
+            self.refuse -= 1
+            raise ValueError("refused")
+        x, codes, _, alpha, bias, y, _ = tensors
+        y.copy_(x.float() @ codes[0].float().T * alpha + (0 if bias is None else bias.float()))
+
+
+def view(t):
+    """As a torch tensor; DLPack would want an owner, which what a kernel is handed has not."""
+    dtype, steps = getattr(torch, str(t.dtype)), zip(t.shape, t.strides, strict=True)
+    size = (1 + sum((extent - 1) * stride for extent, stride in steps)) * dtype.itemsize
+    memory = (ctypes.c_uint8 * size).from_address(t.data_ptr())
+    return torch.frombuffer(memory, dtype=dtype).as_strided(tuple(t.shape), tuple(t.strides))
+
+
+@pytest.fixture
+def kernel():
+    return Kernel()
+
+
+def make(kernel, shape=(ROWS, N), **options):
+    codes = torch.randint(0, 9, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    alpha = torch.tensor(0.5)
+    weights = [(codes, codes.view(1, N, K)), (codes, codes.view(1, N, K)), (alpha, alpha.expand(1, N))]
+    launch = launcher(
+        kernel.function, weights, shape, torch.bfloat16, torch.device("cpu"), k=K, max_ctas=132, **options
+    )
+    assert launch is not None
+    return launch, codes, alpha
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def expected(x, codes, alpha, bias=None):
+    return (x.float() @ codes.float().T * alpha + (0 if bias is None else bias.float())).bfloat16()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [random(ROWS, K), random(2, 3, K), random(1, ROWS, 1, K), random(ROWS, 2 * K)[:, :K], random(2, 1, 3, K)[:, :1]],
+    ids=lambda x: f"{tuple(x.shape)}, strides {x.stride()}",
+)
+def test_an_x_of_any_rank_is_handed_over_as_a_matrix(kernel, x):
+    launch, codes, alpha = make(kernel, (*x.shape[:-1], N))
+    for bias in (None, random(N), torch.nn.Parameter(random(N).float(), requires_grad=False)):
+        y = launch(x, bias)
+        assert y.shape == (*x.shape[:-1], N)
+        assert torch.equal(y, expected(x, codes, alpha, bias))
+    matrix = x.reshape(ROWS, K) if x.is_contiguous() else x
+    assert kernel.calls[0] == [
+        ((ROWS, K), matrix.stride()),
+        *[((1, N, K), (N * K, K, 1))] * 2,
+        ((1, N), (0, 0)),
+        None,
+        ((ROWS, N), (N, 1)),
+        132,
+    ]
+
+
+def test_one_row_and_a_vector(kernel):
+    for x in (random(1, K), random(K), random(1, 1, K)):
+        launch, codes, alpha = make(kernel, (*x.shape[:-1], N))
+        assert torch.equal(launch(x, None), expected(x, codes, alpha))
+
+
+def test_what_is_written_in_place_or_moved_is_seen(kernel):
+    launch, codes, alpha = make(kernel)
+    x = random(ROWS, K)
+    codes.fill_(3)
+    alpha.fill_(2)
+    assert torch.equal(launch(x, None), expected(x, codes, alpha))
+    codes.data = torch.full((N, K), 5, dtype=torch.uint8)
+    assert torch.equal(launch(x, None), expected(x, torch.full((N, K), 5), alpha))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [random(ROWS, K + 1), random(ROWS + 1, K), random(K, ROWS).T, random(3, 2, K).transpose(0, 1), random(()), None, 3],
+    ids=lambda x: str(getattr(x, "shape", x)),
+)
+def test_what_does_not_fit_is_not_handed_over(kernel, x):
+    launch, _, _ = make(kernel)
+    assert launch(x, None) is None
+    assert kernel.calls == []
+
+
+def test_what_the_kernel_refuses_is_tried_once_more_elsewhere(kernel):
+    launch, codes, alpha = make(kernel)
+    x = random(ROWS, K)
+    kernel.refuse = 1
+    assert torch.equal(launch(x, None), expected(x, codes, alpha))
+    kernel.refuse = 2
+    assert launch(x, None) is None
+    assert len(kernel.calls) == 4
+    assert torch.equal(launch(x, None), expected(x, codes, alpha))
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_whatever_torch_watches_is_not_handed_over(kernel):
+    launch, codes, alpha = make(kernel)
+    x, bias = random(ROWS, K), random(N)
+    inside = []
+
+    def transformed(x):
+        inside.append(launch(x.detach(), None))
+        return x.sum()
+
+    assert launch(x.clone().requires_grad_(), None) is None
+    assert launch(x, bias.clone().requires_grad_()) is None
+    assert launch(x.as_subclass(Subclass), None) is None
+    with Mode():
+        assert launch(x, None) is None
+    with torch.device("cpu"):
+        assert launch(x, None) is None
+    with forward_ad.dual_level():
+        assert launch(x, None) is None
+    torch.func.grad(transformed)(x)
+    torch.vmap(transformed)(x)
+    torch.jit.trace(lambda x: transformed(x) + 0, (x,), check_trace=False)
+    assert inside == [None] * 3
+    assert kernel.calls == []
+    with torch.no_grad():
+        assert torch.equal(launch(x.clone().requires_grad_(), None), expected(x, codes, alpha))
+    with torch.inference_mode():
+        assert launch(x, bias).is_inference()
+    assert not launch(x, bias).requires_grad
+
+
+def test_a_watch_of_ones_own(kernel):
+    said = [7 * 10**6]
+    launch, codes, alpha = make(kernel, watches=[(lambda: said[0], 7 * 10**6)])
+    x = random(ROWS, K)
+    assert torch.equal(launch(x, None), expected(x, codes, alpha))
+    said[0] += 1
+    assert launch(x, None) is None
+    said[:] = []  # so that it raises
+    assert launch(x, None) is None
+
+
+def test_nothing_is_leaked(kernel):
+    launch, codes, _ = make(kernel)
+    x, bias = random(ROWS, K), random(N)
+    launch(x, bias), launch(None, bias)
+    kernel.calls.clear()
+    counted = [x, bias, codes, torch.Tensor, torch.nn.Parameter, launch]
+    gc.collect()
+    before = [sys.getrefcount(o) for o in counted]
+    for _ in range(100):
+        launch(x, bias)
+        launch(random(ROWS, 3), None)
+        launch(None, bias)
+        kernel.refuse = 2
+        launch(x, None)
+    kernel.calls.clear()
+    gc.collect()
+    assert [sys.getrefcount(o) for o in counted] == before
+    held = sys.getrefcount(codes)
+    del launch, counted
+    gc.collect()
+    assert sys.getrefcount(codes) < held
