@@ -38,6 +38,8 @@ PRODUCER_WARPS = 4
 LAUNCH_REGISTERS, MMA_REGISTERS, PRODUCER_REGISTERS = 168, 232, 40
 #: fp32 accumulators a thread may hold: the rest of its 255 registers carry fragments, addresses and the epilogue.
 MAX_ACCUMULATORS = 128
+#: with split-K, where another CTA's part is loaded beside them
+MAX_SPLIT_ACCUMULATORS = 64
 #: columns of a box that the store through shared memory writes at a time; 64 or 128 bytes, one swizzle span.
 EPILOGUE_COLUMNS = 32
 #: extents a tile may have. A row of codes fills a 32-, 64- or 128-byte swizzle span.
@@ -45,7 +47,7 @@ TILE_M, TILE_N, TILE_K = (8, 16, 32, 64, 128, 256), (64, 128, 256), (64, 128, 25
 #: weight rows of a decode tile, and the tokens it may have
 DECODE_TILES = {128: (8, 16, 32), 64: (8, 16)}
 TILE_PINGPONG = (False, True)
-TILE_SPLIT = (1,)
+TILE_SPLIT = (1, 2, 4, 8)
 #: what dispatch chooses from; the first is the default.
 TILES = (
     TileConfig(128, 128, 128),
@@ -142,9 +144,11 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     if tile.pingpong and (swapped(tile) or tile.split > 1):
         reasons.append("ping-pong is for tiles of 64 tokens or more that do not split K")
     registers = tile.m * tile.n // (WARP * warp_grid(tile)[0] * warp_grid(tile)[1])
-    if registers > MAX_ACCUMULATORS:
+    most = MAX_ACCUMULATORS if tile.split == 1 else MAX_SPLIT_ACCUMULATORS
+    if registers > most:
+        with_split = " with split-K" if tile.split > 1 else ""
         reasons.append(
-            f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {MAX_ACCUMULATORS}"
+            f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {most}{with_split}"
         )
     wanted = tile.stages if tile.stages is not None else MIN_STAGES
     if wanted < MIN_STAGES:

@@ -80,7 +80,7 @@ class Epilogue:
 
     @cute.jit
     def store(self, accumulators: cute.Tensor, coord: TileCoord):
-        # The lane is read anew for each part of a tile: else the compiler computes all addresses ahead of the first part,
+        # The lane is read anew for each part of a tile: else the compiler computes all addresses ahead of the first,
         # and even ahead of the main loop, which has no registers to spare.
         self.lane = lane_here()
         if cutlass.const_expr(self.plan.spec.aligned_rows):

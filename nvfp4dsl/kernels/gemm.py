@@ -17,7 +17,8 @@ from nvfp4dsl.kernels.mainloops import Mainloop, Stage
 from nvfp4dsl.kernels.roles.consumer import Consumer
 from nvfp4dsl.kernels.roles.producer import Operand, Producer
 from nvfp4dsl.kernels.scales import tma_box
-from nvfp4dsl.kernels.schedule import PersistentSchedule
+from nvfp4dsl.kernels.schedule import SlicedSchedule
+from nvfp4dsl.kernels.split import SplitSum
 from nvfp4dsl.kernels.swizzle import tile_layout
 
 
@@ -42,12 +43,14 @@ class Gemm:
     empty[stage]          stages  one lane of each warp of the group that read the stage
     turn[group]           groups  ping-pong only: one lane of each warp of the other group
     named barrier 1, 2    groups  all threads of a group, around each use of its store buffer
+    named barrier 3       1       split-K only: all threads of the group, around counting themselves in
     ====================  ======  ================================================================
 
     Call arguments, all on one device: ``a`` (L, M, Kp/2) u8 and ``b`` (L, N, Kp/2) u8, Kp a multiple of 32; ``sfa``,
     ``sfb`` (L, rows/128, K/64, 512) u8, the swizzled scale atoms; ``alpha_a`` (L) and ``alpha_b`` (L, N) fp32; ``bias``
-    (N), or None if the spec has none; ``c`` (L, M, N); ``max_ctas``, how many CTAs to launch at most (normally the
-    device's SMs).
+    (N), or None if the spec has none; ``partials`` fp32 and ``arrivals`` i32, workspace of split-K
+    (:class:`~nvfp4dsl.kernels.split.SplitSum`), None without; ``c`` (L, M, N); ``max_ctas``, how many CTAs to launch at
+    most (normally the device's SMs).
     """
 
     def __init__(self, plan: Plan, mainloop: Callable[[Plan], Mainloop]):
@@ -64,6 +67,8 @@ class Gemm:
         alpha_a: cute.Tensor,
         alpha_b: cute.Tensor,
         bias: cute.Tensor | None,
+        partials: cute.Tensor | None,
+        arrivals: cute.Tensor | None,
         c: cute.Tensor,
         max_ctas: Int32,
         stream,
@@ -92,9 +97,11 @@ class Gemm:
             tma_c, mC_tma = cpasync.make_tiled_tma_atom(
                 store, mC, cute.select(layouts["c"], [0, 1]), (store_box(plan.tile)[0], EPILOGUE_COLUMNS)
             )
-        schedule = PersistentSchedule(plan, mC, max_ctas)
-        self.kernel(*tma["a"], *tma["b"], *tma["sfa"], *tma["sfb"], tma_c, mC_tma, mC, *scaling.tensors()).launch(
-            grid=[cutlass.min(schedule.tiles, max_ctas), 1, 1],
+        schedule = SlicedSchedule(plan, mC, cute.ceil_div(mA.shape[1], k // 2), max_ctas)
+        self.kernel(
+            *tma["a"], *tma["b"], *tma["sfa"], *tma["sfb"], tma_c, mC_tma, mC, *scaling.tensors(), partials, arrivals
+        ).launch(
+            grid=[cutlass.min(schedule.size, max_ctas), 1, 1],
             block=[plan.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -117,6 +124,8 @@ class Gemm:
         mAlphaA: cute.Tensor,
         mAlphaB: cute.Tensor,
         mBias: cute.Tensor | None,
+        mPartials: cute.Tensor | None,
+        mArrivals: cute.Tensor | None,
     ):
         plan, (rows, columns), k = self.plan, self.plan.mma_tile, self.plan.tile.k
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -148,11 +157,10 @@ class Gemm:
             if cutlass.const_expr(plan.registers):
                 cute.arch.setmaxregister_decrease(plan.registers[1])
             if warp == plan.mma_warps:
-                schedule = PersistentSchedule(plan, mC, stride)
+                schedule = SlicedSchedule(plan, mC, k_tiles, stride)
                 Producer(plan, schedule, ring).run(
                     first,
                     stride,
-                    k_tiles,
                     Operand(tma_a, mA, sX["a"], (rows, k // 2)),
                     Operand(tma_b, mB, sX["b"], (columns, k // 2)),
                     Operand(tma_sfa, mSFA, sX["sfa"], tma_box(rows, k)),
@@ -168,9 +176,9 @@ class Gemm:
             if cutlass.const_expr(plan.spec.aligned_rows):
                 epilogue.bind_store(tma_c, mC_tma, sX["c"])
             ring_start = Stage(**{name: shared_address(smem[name]) for name in ("a", "b", "sfa", "sfb")})
-            schedule = PersistentSchedule(plan, mC, stride)
-            consumer = Consumer(plan, schedule, ring, mainloop, epilogue, turns)
-            consumer.run(first, stride, k_tiles, group, ring_start)
+            split = SplitSum(plan, mPartials, mArrivals, smem["last"], warp) if plan.tile.split > 1 else None
+            schedule = SlicedSchedule(plan, mC, k_tiles, stride)
+            Consumer(plan, schedule, ring, mainloop, epilogue, split, turns).run(first, stride, group, ring_start)
 
     def _smem_layouts(self) -> dict:
         """The staged shared-memory layout of each TMA buffer; the last mode is the stage."""
@@ -190,6 +198,7 @@ class Gemm:
         types = {
             "barriers": Int64,
             "turns": Int64,
+            "last": Int32,
             "sfa": Int64,
             "sfb": Int64,
             "c": FLOAT_TYPES[self.plan.spec.out_dtype],

@@ -114,6 +114,12 @@ def load_shared(address: Int32, *, loc=None, ip=None) -> tuple[Int32]:
 
 
 @dsl_user_op
+def store_shared(address: Int32, word: Int32, *, loc=None, ip=None) -> None:
+    """A 32-bit word to shared memory."""
+    _asm(None, [address, word], "st.shared.b32 [$0], $1;", "r,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def store_shared_f32(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
     """An fp32 value to shared memory."""
     _asm(None, [address, x], "st.shared.f32 [$0], $1;", "r,f", pure=False, loc=loc, ip=ip)
@@ -214,6 +220,37 @@ def load_shared_v2(address: Int32, *, loc=None, ip=None) -> tuple[Int32, Int32]:
 
 
 @dsl_user_op
+def load_global_f32x4(address: Int64, *, loc=None, ip=None) -> tuple[Float32, Float32, Float32, Float32]:
+    """Four neighbouring fp32 values from global memory; the address a multiple of 16."""
+    text = "ld.global.v4.f32 {$0,$1,$2,$3}, [$4];"
+    return _asm_tuple(Float32, 4, [address], text, "=f,=f,=f,=f,l", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_global_f32x4(address: Int64, values: Sequence[Float32], *, loc=None, ip=None) -> None:
+    """The inverse of :func:`load_global_f32x4`."""
+    _asm(
+        None,
+        [address, *values],
+        "st.global.v4.f32 [$0], {$1,$2,$3,$4};",
+        "l,f,f,f,f",
+        pure=False,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def atomic_count(address: Int64, last: Int32, *, loc=None, ip=None) -> Int32:
+    """Add one to a word in global memory, or set it to zero if it has reached ``last``; what it was before.
+
+    Acquires and releases at the scope of the device.
+    """
+    text = "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;"
+    return Int32(_asm(T.i32(), [address, last], text, "=r,l,r", pure=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def load_global_v4_if(
     address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None
 ) -> tuple[Int32, Int32, Int32, Int32]:
@@ -248,32 +285,20 @@ def cluster_address(address: Int32, rank: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
-def store_cluster_f32x2(address: Int32, x: Float32, y: Float32, *, loc=None, ip=None) -> None:
-    """:func:`store_shared_f32x2` to a :func:`cluster_address`."""
-    _asm(None, [address, x, y], "st.shared::cluster.v2.f32 [$0], {$1,$2};", "r,f,f", pure=False, loc=loc, ip=ip)
+def store_async_f32x2(address: Int32, x: Float32, y: Float32, barrier: Int32, *, loc=None, ip=None) -> None:
+    """Two neighbouring fp32 values to the shared memory of another CTA; counts 8 bytes on ``barrier``, which is there.
+
+    Both are :func:`cluster_address`. Unlike a store and an arrival it needs no fence, which would wait for all that the
+    thread has ever stored.
+    """
+    text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [$0], {$1,$2}, [$3];"
+    _asm(None, [address, x, y, barrier], text, "r,f,f,r", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op
-def mbarrier_arrive_cluster(address: Int32, *, loc=None, ip=None) -> None:
-    """Arrive on the mbarrier at a :func:`cluster_address`; what was written before is visible to who waits for it."""
-    text = "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];"
-    _asm(None, [address], text, "r", pure=False, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def _mbarrier_try_wait_cluster(address: Int32, parity: Int32, *, loc=None, ip=None) -> Int32:
-    text = (
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }"
-    )
-    return Int32(_asm(T.i32(), [address, parity], text, "=r,r,r", pure=False, loc=loc, ip=ip))
-
-
-@cute.jit
-def mbarrier_wait_cluster(address: Int32, parity: Int32):
-    """Wait for a phase of this CTA's mbarrier, and see what was written in other CTAs before their arrivals."""
-    done = _mbarrier_try_wait_cluster(address, parity)
-    while done == 0:
-        done = _mbarrier_try_wait_cluster(address, parity)
+def prefetch_global(address: Int64, *, loc=None, ip=None) -> None:
+    """Bring a line into L2; what is read later is the memory's content then."""
+    _asm(None, [address], "prefetch.global.L2 [$0];", "l", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op

@@ -55,3 +55,44 @@ class PersistentSchedule:
         first, in_band = in_batch // per_band * self.band, in_batch % per_band
         height = cutlass.min(self.tiles_m - first, self.band)
         return TileCoord(first + in_band % height, in_band // height, batch)
+
+
+@dataclass(frozen=True)
+class Slice(TileCoord):
+    """A tile, or with split-K a part of its K.
+
+    Attributes:
+        k, k_tiles: first of the steps of tile.k, and how many.
+        tile: linear index of the tile.
+        index, count: which slice of the tile, and of how many.
+    """
+
+    k: Int32
+    k_tiles: Int32
+    tile: Int32
+    index: Int32
+    count: Int32
+
+
+class SlicedSchedule(PersistentSchedule):
+    """Round-robin over the slices of all tiles; those of one tile follow each other.
+
+    Attributes:
+        k_tiles: steps of tile.k.
+        size: how many slices there are.
+    """
+
+    def __init__(self, plan: Plan, mC: cute.Tensor, k_tiles: Int32, ctas: Int32):
+        split = plan.tile.split
+        super().__init__(plan, mC, ctas // split)
+        self.k_tiles = k_tiles
+        # No slice is empty: a main loop runs at least once.
+        self.slices = cutlass.min(split, k_tiles) if split > 1 else 1
+        self.size = self.tiles * self.slices
+
+    def slice(self, index: Int32) -> Slice:
+        """The slice with linear ``index``."""
+        tile, part = index // self.slices, index % self.slices
+        coord = self.coord(tile)
+        k, end = (self.k_tiles * edge // self.slices for edge in (part, part + 1))
+        return Slice(coord.m, coord.n, coord.batch, k, end - k, tile, part, self.slices)

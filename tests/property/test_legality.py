@@ -21,9 +21,10 @@ def _launch(kernel):
     scales, one = np.zeros((1, 1, 1, 512), np.uint8), np.ones(1, np.float32)
     out = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kernel.spec.out_dtype]
     c = torch.zeros(1, 1, 16, dtype=out)
+    workspace = (np.zeros(4, np.float32), np.zeros(1, np.int32)) if kernel.tile.split > 1 else (None, None)
     arguments = [
         np.zeros((1, 1, 16), np.uint8), scales, np.zeros((1, 16, 16), np.uint8), scales, one,
-        np.broadcast_to(one[:, None], (1, 16)), None, c, 1,
+        np.broadcast_to(one[:, None], (1, 16)), None, *workspace, c, 1,
     ]  # fmt: skip
     (launch,) = capture(kernel.object_path, kernel.symbol, arguments, outputs=())
     return launch

@@ -189,6 +189,8 @@ def test_descriptors_of_the_dense_kernel_describe_the_operands():
         "alpha_a": torch.ones(()).expand(batch),
         "alpha_b": torch.ones(()).expand(batch, n),
         "bias": None,
+        "partials": None,
+        "arrivals": None,
         "c": torch.empty(batch, m, n, dtype=torch.bfloat16),
         "max_ctas": 4,
     }

@@ -1,5 +1,7 @@
 """The MMA warps: multiply what the producer brings, then store the tile."""
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -8,7 +10,7 @@ from cutlass import Boolean, Int32
 from nvfp4dsl.config import Plan
 from nvfp4dsl.kernels.epilogue import Epilogue
 from nvfp4dsl.kernels.mainloops import Mainloop, Stage
-from nvfp4dsl.kernels.schedule import PersistentSchedule
+from nvfp4dsl.kernels.schedule import SlicedSchedule
 
 #: instructions of a step that are issued before the loads of the next: they hide the loads' address arithmetic
 LEAD = 2
@@ -25,14 +27,15 @@ class Consumer:
     def __init__(
         self,
         plan: Plan,
-        schedule: PersistentSchedule,
+        schedule: SlicedSchedule,
         ring: pipeline.PipelineTmaAsync,
         mainloop: Mainloop,
         epilogue: Epilogue,
+        split: Any,
         turns: cute.Pointer | None,
     ):
-        """``turns``: in ping-pong, a barrier for each group that says when it may multiply."""
-        self.turns = turns
+        """``split``: with split-K, a SplitSum. ``turns``: in ping-pong, the barriers that give each group its turn."""
+        self.split, self.turns = split, turns
         self.plan, self.schedule, self.ring = plan, schedule, ring
         self.mainloop, self.epilogue = mainloop, epilogue
 
@@ -76,7 +79,7 @@ class Consumer:
                 cute.arch.mbarrier_arrive(self.turns + (1 - group))
 
     @cute.jit
-    def run(self, first: Int32, stride: Int32, k_tiles: Int32, group: Int32, ring_start: Stage):
+    def run(self, first: Int32, stride: Int32, group: Int32, ring_start: Stage):
         accumulators, pending = self.mainloop.make_accumulators(), self.mainloop.make_words()
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.plan.stages)
 
@@ -84,9 +87,9 @@ class Consumer:
         groups = self.plan.groups
         phase = Int32(1) - group
         if cutlass.const_expr(groups > 1):
-            state.advance(group * k_tiles)
-        for index in cutlass.range(first + group * stride, self.schedule.tiles, groups * stride, unroll=1):
-            coord = self.schedule.coord(index)
+            state.advance(group * self.schedule.k_tiles)
+        for index in cutlass.range(first + group * stride, self.schedule.size, groups * stride, unroll=1):
+            coord = self.schedule.slice(index)
             buffers = self.mainloop.buffers(ring_start, coord)
             self.mainloop.clear(accumulators)
             self._await_turn(group, phase)
@@ -97,24 +100,28 @@ class Consumer:
             cute.arch.sync_warp()
             self.ring.consumer_release(state)
             state.advance()
-            arrived = self._ask(state, k_tiles > 1)
+            arrived = self._ask(state, coord.k_tiles > 1)
             if cutlass.const_expr(len(begun) > 0):
                 self.mainloop.multiply(accumulators, begun, slice(LEAD, None))
             self._keep(pending, ahead)
-            for k in cutlass.range(1, k_tiles, unroll=1):
+            for k in cutlass.range(1, coord.k_tiles, unroll=1):
                 self.ring.consumer_wait(state, arrived)
                 started, newest = self._read(accumulators, self._kept(pending), buffers, state.index)
                 cute.arch.sync_warp()
                 self.ring.consumer_release(state)
                 state.advance()
-                arrived = self._ask(state, k + 1 < k_tiles)
+                arrived = self._ask(state, k + 1 < coord.k_tiles)
                 self.mainloop.multiply(accumulators, started, slice(LEAD, None))
                 self._keep(pending, newest)
             self._pass_turn(group)
             if cutlass.const_expr(groups > 1):
-                state.advance((groups - 1) * k_tiles)
+                state.advance((groups - 1) * self.schedule.k_tiles)
             self.mainloop.multiply(accumulators, self._kept(pending))
-            self.epilogue.store(accumulators, coord)
+            if cutlass.const_expr(self.split is not None):
+                if self.split.add(accumulators, coord):
+                    self.epilogue.store(accumulators, coord)
+            else:
+                self.epilogue.store(accumulators, coord)
         self.epilogue.finish()
 
     @staticmethod

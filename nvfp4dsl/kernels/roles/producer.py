@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import Plan
 from nvfp4dsl.kernels.scales import box_coordinate
-from nvfp4dsl.kernels.schedule import PersistentSchedule
+from nvfp4dsl.kernels.schedule import SlicedSchedule
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Producer:
     TMA loads: codes and scales of A and of B. What lies outside a tensor arrives as zeros, and zero codes add nothing.
     """
 
-    def __init__(self, plan: Plan, schedule: PersistentSchedule, ring: pipeline.PipelineTmaAsync):
+    def __init__(self, plan: Plan, schedule: SlicedSchedule, ring: pipeline.PipelineTmaAsync):
         self.plan, self.schedule, self.ring = plan, schedule, ring
 
     @cute.jit
-    def run(self, first: Int32, stride: Int32, k_tiles: Int32, a: Operand, b: Operand, sfa: Operand, sfb: Operand):
+    def run(self, first: Int32, stride: Int32, a: Operand, b: Operand, sfa: Operand, sfb: Operand):
         rows, columns = self.plan.mma_tile
         tAsA, tAgA = a.partition()
         tBsB, tBgB = b.partition()
@@ -59,10 +59,10 @@ class Producer:
         tBsSFB, tBgSFB = sfb.partition()
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.plan.stages)
 
-        for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
-            coord = self.schedule.coord(index)
+        for index in cutlass.range(first, self.schedule.size, stride, unroll=1):
+            coord = self.schedule.slice(index)
             (line_a, atom_a), (line_b, atom_b) = box_coordinate(coord.m, rows), box_coordinate(coord.n, columns)
-            for k in cutlass.range(k_tiles, unroll=1):
+            for k in cutlass.range(coord.k, coord.k + coord.k_tiles, unroll=1):
                 self.ring.producer_acquire(state)
                 full = self.ring.producer_get_barrier(state)
                 slot = (None, state.index)
