@@ -13,15 +13,13 @@ the global scales of a weight with ``row_ends``.
 
 from __future__ import annotations
 
-import functools
-import operator
 from typing import Any
 
 import torch
 
 from nvfp4dsl import dispatch, reference
 from nvfp4dsl.formats import NVFP4Tensor
-from nvfp4dsl.jit.launcher import Launch, launcher
+from nvfp4dsl.jit.launcher import Launch, Watch, launcher
 
 ATTRIBUTE = "_launches"
 """Where a weight keeps them, by (x's shape, bias dtype or None, activation, overlap); None for what has none."""
@@ -72,9 +70,9 @@ def _prepare(x: torch.Tensor, weight: NVFP4Tensor, bias: torch.Tensor | None, ov
     spec = dispatch.linear_spec(weight.n, weight.k, x.dtype, None if bias is None else bias.dtype, overlap)
     kernel = dispatch.linear_kernel(spec, x.numel() // weight.k, weight, target.name)
     codes, scales, alpha = dispatch.linear_operands(weight)
-    scale, watches = weight.global_scale, []
+    scale, watches = weight.global_scale, list[Watch]()
     if weight.row_ends:
-        watches.append((functools.partial(operator.attrgetter("_version"), scale), scale._version))
+        watches.append((scale, "_version", scale._version))
     return launcher(
         kernel.function,
         weights=[(weight.qdata, codes), (weight.scale, scales), (alpha if weight.row_ends else scale, alpha)],

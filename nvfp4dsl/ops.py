@@ -125,6 +125,8 @@ def linear(
             known = weight.__dict__[eager.ATTRIBUTE]
             launch = known[x.shape, None if bias is None else bias.dtype, activation, overlap]
         except (AttributeError, KeyError):
+            launch = NotImplemented
+        if launch is NotImplemented:
             launch = eager.remember(x, weight, bias, activation, overlap)
         if launch is not None:
             if (y := launch(x, bias)) is not None:

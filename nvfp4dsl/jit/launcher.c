@@ -36,8 +36,9 @@ enum { X, CODES, SCALES, ALPHA, BIAS, Y, MAX_CTAS, ARGUMENTS };
 
 typedef struct {
   PyObject* tensor_types[2];              /* what x and bias may be: exactly these, no subclass */
-  PyObject* watches[MOST_WATCHES];        /* called without arguments ... */
-  PyObject* quiet[MOST_WATCHES];          /* ... and what they return if nothing stands in the way; NULL ends */
+  PyObject* watches[MOST_WATCHES];        /* called without arguments, or asked for an attribute; NULL ends */
+  PyObject* attributes[MOST_WATCHES];     /* its name, NULL for a call */
+  PyObject* quiet[MOST_WATCHES];          /* what comes back if nothing stands in the way */
   PyObject *is_grad_enabled, *requires_grad; /* a function; the attribute's name */
   PyObject *empty, *empty_arguments;      /* allocates the output on the current device */
   PyObject* empty_elsewhere;              /* the same on x's device, which takes longer */
@@ -74,7 +75,8 @@ static int is_true(PyObject* value) {
 /* Whether gradients, modes, tracing or the like ask for the operator. */
 static int is_watched(const plan* p, PyObject* x, PyObject* bias) {
   for (int i = 0; i < MOST_WATCHES && p->watches[i]; ++i) {
-    PyObject* value = PyObject_CallNoArgs(p->watches[i]);
+    PyObject* name = p->attributes[i];
+    PyObject* value = name ? PyObject_GetAttr(p->watches[i], name) : PyObject_CallNoArgs(p->watches[i]);
     int quiet = value && (value == p->quiet[i] || PyObject_RichCompareBool(value, p->quiet[i], Py_EQ) == 1);
     if (value) Py_DecRef(value);
     if (!quiet) return 1;

@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import operator
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 Launch = Callable[[Any, Any], Any]
+Watch = tuple[Any, "str | None", Any]
+"""An object, the name of an attribute or None to call it without arguments, and the answer that must come back."""
 
 X, CODES, BIAS, Y, ARGUMENTS = 0, 1, 4, 5, 7
 MOST_WATCHES = 8
@@ -46,6 +48,7 @@ class _Plan(ctypes.Structure):
     _fields_ = (
         ("tensor_types", ctypes.py_object * 2),
         ("watches", ctypes.py_object * MOST_WATCHES),
+        ("attributes", ctypes.py_object * MOST_WATCHES),
         ("quiet", ctypes.py_object * MOST_WATCHES),
         ("is_grad_enabled", ctypes.py_object),
         ("requires_grad", ctypes.py_object),
@@ -126,19 +129,18 @@ def _tvm_ffi() -> tuple[ctypes.CDLL, dict[str, int]]:
     return loaded, {field: ctypes.cast(loaded[name], ctypes.c_void_p).value or 0 for field, name in names.items()}
 
 
-def _watches() -> list[tuple[Callable[[], Any], Any]]:
-    """Functions without arguments, and what each returns while torch looks at nothing that a call does: modes,
-    transforms, tracing, forward-mode gradients."""
+def _watches() -> list[Watch]:
+    """What torch answers while it looks at nothing that a call does: modes, transforms, tracing, forward gradients."""
     import torch
     from torch._C._functorch import peek_interpreter_stack
     from torch.autograd import forward_ad
 
     return [
-        (torch._C._len_torch_dispatch_stack, 0),
-        (torch._C._len_torch_function_stack, 0),
-        (peek_interpreter_stack, None),
-        (torch._C._is_tracing, False),
-        (functools.partial(operator.attrgetter("_current_level"), forward_ad), -1),
+        (torch._C._len_torch_dispatch_stack, None, 0),
+        (torch._C._len_torch_function_stack, None, 0),
+        (peek_interpreter_stack, None, None),
+        (torch._C._is_tracing, None, False),
+        (forward_ad, "_current_level", -1),
     ]
 
 
@@ -150,7 +152,7 @@ def launcher(
     device: Any,
     k: int,
     max_ctas: int,
-    watches: Sequence[tuple[Callable[[], Any], Any]] = (),
+    watches: Sequence[Watch] = (),
 ) -> Launch | None:
     """``launch(x, bias) -> y`` for an x [..., k] and a y of ``shape``, or None where that cannot be had.
 
@@ -162,7 +164,7 @@ def launcher(
         weights: codes, scales and alpha, each as the tensor whose address is read at each call, and as a tensor that
             tells type, shape and strides.
         dtype, device: of y.
-        watches: further functions without arguments, and what they return as long as the launch is to be used.
+        watches: what else must hold for the launch to be used.
     """
     import torch
     from torch._C._dynamo import guards
@@ -173,8 +175,10 @@ def launcher(
     rows, n = torch.Size(shape[:-1]).numel(), shape[-1]
     plan = _Plan(torch=api, function=function.__chandle__(), rows=rows, k=k, max_ctas=max_ctas, **_tvm_ffi()[1])
     plan.tensor_types[:] = torch.Tensor, torch.nn.Parameter
-    for i, (watch, quiet) in enumerate((*_watches(), *watches)):
+    for i, (watch, attribute, quiet) in enumerate((*_watches(), *watches)):
         plan.watches[i], plan.quiet[i] = watch, quiet
+        if attribute is not None:
+            plan.attributes[i] = sys.intern(attribute)
     plan.is_grad_enabled, plan.requires_grad = torch.is_grad_enabled, "requires_grad"
     # How Inductor's code allocates: torch.empty takes 1.8 us longer.
     plan.empty = guards._empty_strided_cuda if device.type == "cuda" else guards._empty_strided_cpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,11 +167,13 @@ def test_whatever_torch_watches_is_not_handed_over(kernel):
 
 
 def test_a_watch_of_ones_own(kernel):
-    said = [7 * 10**6]
-    launch, codes, alpha = make(kernel, watches=[(lambda: said[0], 7 * 10**6)])
+    said, other = [7 * 10**6], SimpleNamespace(version=3)
+    launch, codes, alpha = make(kernel, watches=[(lambda: said[0], None, 7 * 10**6), (other, "version", 3)])
     x = random(ROWS, K)
     assert torch.equal(launch(x, None), expected(x, codes, alpha))
-    said[0] += 1
+    other.version = 4
+    assert launch(x, None) is None
+    other.version, said[0] = 3, 7 * 10**6 + 1
     assert launch(x, None) is None
     said[:] = []  # so that it raises
     assert launch(x, None) is None
