@@ -9,7 +9,6 @@ from typing import Any
 from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.errors import InspectError
-from nvfp4dsl.inspect import rates
 from nvfp4dsl.inspect.report import NOTE, Report
 from nvfp4dsl.targets import Device
 
@@ -19,8 +18,14 @@ NVFP4_BYTES = 0.5 + 1 / BLOCK
 MEMORY_EFFICIENCY = 0.9
 #: share of the dense bf16 peak that cuBLAS reaches (790 of 989 TFLOP/s on an H200).
 BF16_EFFICIENCY = 0.8
-#: microseconds of a call that moves nothing, and from then until the first loads have landed.
-LAUNCH_US, FILL_US = 1.1, 0.9
+#: share of its own simulated rate at which a main loop was found to run (wgmma kernels on an H200).
+LOOP_EFFICIENCY = 0.95
+#: GHz that a card holds under tensor load, where that is known to be less than its boost clock.
+LOAD_CLOCK_GHZ = {"H200": 1.755}
+#: microseconds of a call that moves nothing in a graph of such calls, and from then until the first loads have landed.
+LAUNCH_US, FILL_US = 1.1, 0.7
+#: bytes of output that a multiprocessor stores a cycle, bytes that TMA brings it from L2.
+STORE_BYTES_PER_CLOCK, TMA_BYTES_PER_CLOCK = 16, 64
 #: largest M that the search for the point where bf16 overtakes looks at.
 MAX_M = 1 << 16
 
@@ -31,7 +36,7 @@ class Prediction:
 
     Attributes:
         device, m, n, k: what was asked.
-        tiles, ctas, waves: output tiles; CTAs that run at a time; how often each of those works on a tile.
+        tiles, ctas, waves: tasks (output tiles, times the CTAs that split K); CTAs that run at a time; tasks of each.
         bytes: read and written once.
         compute_us, l2_us, memory_us: what each would take alone, without the launch.
         bound: which of them is the longest.
@@ -106,27 +111,26 @@ def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -
     """Microseconds of each resource."""
     if report.mma_shape is None or report.mma_cycles is None:
         raise InspectError(f"the rate of {report.mma} on sm_{report.sm} is unknown, so no time can be predicted")
-    tile = plan.tile
-    tiles, ctas, waves = _waves(plan, device, m, n)
-    resident = -(-ctas // device.sms)
-    extent = -(-k // tile.k) * tile.k
-    macs = math.prod(report.mma_shape)
-    mmas = tile.m * tile.n * extent / macs / report.mma_pipes
-    cycles = waves * resident * (mmas * report.cycles_per_mma_with(resident)) + waves * report.tile_overhead_cycles
-    busy = min(ctas, device.sms)
-    operands = tiles * (_x_bytes(plan.spec, tile.m, k) + tile.n * k * NVFP4_BYTES)
+    tile, clock = plan.tile, LOAD_CLOCK_GHZ.get(device.name, device.clock_ghz)
+    tasks, ctas, waves = _waves(plan, device, m, n)
+    resident, busy = -(-ctas // device.sms), min(ctas, device.sms)
+    share = -(-k // (tile.k * tile.split)) * tile.k
+    mmas = tile.m * tile.n * share / math.prod(report.mma_shape) / report.mma_pipes
+    loop = resident * mmas * report.cycles_per_mma_with(resident) / LOOP_EFFICIENCY
+    store = resident * tile.m * tile.n * FLOAT_BYTES[plan.spec.out_dtype] / STORE_BYTES_PER_CLOCK / tile.split
+    operands = tasks * (_x_bytes(plan.spec, tile.m, k) + tile.n * k * NVFP4_BYTES) / tile.split
     return {
-        "compute": cycles / device.clock_ghz * 1e-3,
-        "l2": operands / (busy * rates.L2_BYTES_PER_CLOCK * device.clock_ghz) * 1e-3,
+        "compute": waves * (loop + max(store, report.tile_overhead_cycles)) / clock * 1e-3,
+        "l2": operands / (busy * TMA_BYTES_PER_CLOCK * clock) * 1e-3,
         "memory": _bytes(plan.spec, m, n, k) / (device.memory_gbps * MEMORY_EFFICIENCY) * 1e-3,
     }
 
 
 def _waves(plan: Plan, device: Device, m: int, n: int) -> tuple[int, int, int]:
-    """(output tiles, CTAs that run at a time, tiles that the busiest of them computes)."""
-    tiles = -(-m // plan.tile.m) * -(-n // plan.tile.n)
-    ctas = min(tiles, device.sms * plan.ctas_per_sm)
-    return tiles, ctas, -(-tiles // ctas)
+    """(tasks, CTAs that run at a time, tasks of the busiest of them); a task is a CTA's part of an output tile."""
+    tasks = -(-m // plan.tile.m) * -(-n // plan.tile.n) * plan.tile.split
+    ctas = min(tasks, device.sms * plan.ctas_per_sm)
+    return tasks, ctas, -(-tasks // ctas)
 
 
 def _x_bytes(spec: GemmSpec, m: int, k: int) -> float:
