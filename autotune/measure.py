@@ -12,7 +12,6 @@ This module knows nothing of what the work is; :class:`Peer` is all that it asks
 from __future__ import annotations
 
 import datetime
-import gc
 import importlib.metadata
 import logging
 import math
@@ -199,7 +198,6 @@ def compare(
         for name, samples in _time(chains, rounds).items():
             results[name] = Result(OK, results[name].error, Timing.of(samples, chains[name].calls))
     chains.clear()
-    gc.collect()
     return results
 
 

@@ -8,6 +8,7 @@ where its operands live (:mod:`nvfp4dsl.dispatch`): the oracle on a CPU, the rea
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -175,11 +176,12 @@ def warmup(
         LaunchError: a CUDA graph is being captured.
         CompileError, CacheError: as :func:`nvfp4dsl.compile`.
     """
-    one = isinstance(weights, NVFP4Tensor) or (isinstance(weights, tuple) and all(isinstance(n, int) for n in weights))
+    pair = isinstance(weights, tuple) and all(isinstance(extent, int) for extent in weights)
+    several: list[Any] = [weights] if pair or isinstance(weights, NVFP4Tensor) else list(weights)
     rows = [ms] if isinstance(ms, int) else list(ms)
     mode, requests = activation or "bf16", []
     here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    for weight in [weights] if one else weights:  # type: ignore[list-item, union-attr]
+    for weight in several:
         if isinstance(weight, NVFP4Tensor):
             here = weight.device
         n, k = weight.shape[-2:] if isinstance(weight, NVFP4Tensor) else weight

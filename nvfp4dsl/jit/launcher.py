@@ -181,7 +181,7 @@ def launcher(
             plan.attributes[i] = sys.intern(attribute)
     plan.is_grad_enabled, plan.requires_grad = torch.is_grad_enabled, "requires_grad"
     # How Inductor's code allocates: torch.empty takes 1.8 us longer.
-    plan.empty = guards._empty_strided_cuda if device.type == "cuda" else guards._empty_strided_cpu
+    plan.empty = getattr(guards, f"_empty_strided_{device.type}")
     plan.empty_arguments = (shape, torch.empty(shape, device="meta").stride(), dtype)
     plan.empty_elsewhere = functools.partial(torch.empty, shape, dtype=dtype, device=device)
     plan.weights[:] = [tensor for tensor, _ in weights]
