@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nvfp4dsl import emulator, jit, reference
-from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal, skinny, wgmma
+from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal, omma, skinny, wgmma
 from nvfp4dsl.config.skinny import CHUNK_K
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
@@ -145,9 +145,10 @@ def first_device_sms(target: str) -> int:
 def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -> TileConfig:
     """The tile for an output of ``m`` x ``n`` over ``k`` on a device of ``sms`` multiprocessors.
 
-    W4A4: short tiles where a tall one would be mostly padding. W4A16: the fewest tokens that hold M; and 32 rows of the
-    weight at a time rather than 16, which halves the reads of x, once 16 would give more tiles than CTAs run at a time
-    (two an SM). With fewer tiles than that, more of them keep more of the chip at work (docs/measured.md).
+    W4A4: the fastest by the model of :func:`nvfp4dsl.config.omma.cycles`. W4A16: the fewest tokens that hold M; and 32
+    rows of the weight at a time rather than 16, which halves the reads of x, once 16 would give more tiles than CTAs
+    run at a time (two an SM). With fewer tiles than that, more of them keep more of the chip at work
+    (docs/measured.md).
 
     Raises:
         TargetError: the target has no kernel for the spec.
@@ -166,8 +167,7 @@ def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -
         rows = {tile.n: tile for tile in candidates if tile.m == tokens}
         small, large = min(rows), max(rows)
         return rows[large if -(-n // small) > 2 * sms else small]
-    fitting = [tile for tile in candidates if tile.m <= 64] if m <= 64 else candidates
-    return (fitting or candidates)[0]
+    return omma.choose(m, n, k, sms)
 
 
 _kernels: dict[tuple[GemmSpec, TileConfig, str], jit.CompiledKernel] = {}
@@ -440,7 +440,9 @@ def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
         raise TargetError("a compiled kernel cannot run on CPU tensors; enter nvfp4dsl.emulate(target) first")
     names = ARGUMENTS[kernel.spec.activation]
     output = names[-2]
-    workspace = [name for name, argument in zip(names, arguments, strict=False) if name in WORKSPACE and argument is not None]
+    workspace = [
+        name for name, argument in zip(names, arguments, strict=False) if name in WORKSPACE and argument is not None
+    ]
     written = (output, *workspace)
     (launch,) = capture(kernel.object_path, kernel.symbol, (*arguments, emulation.max_ctas), names, outputs=written)
     for name in workspace:

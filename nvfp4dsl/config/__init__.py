@@ -10,6 +10,7 @@ A module here is a family of tiles, those that one kernel builds: it offers ``TI
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 from nvfp4dsl.config import omma, skinny, wgmma
@@ -27,6 +28,7 @@ __all__ = [
     "family",
     "legal",
     "legal_tiles",
+    "nearest",
     "plan",
     "total_bytes",
 ]
@@ -77,12 +79,29 @@ def plan(spec: GemmSpec, tile: TileConfig, target: str | Target) -> Plan:
     """Everything derived from a legal tile, by its family.
 
     Raises:
-        TileError: the tile is not legal; ``.reasons`` lists why.
+        TileError: the tile is not legal; ``.reasons`` lists why, and the message the nearest legal ones.
         TargetError: unknown target.
     """
     target = get_target(target) if isinstance(target, str) else target
     reasons = legal(spec, tile, target)
     builder = family(spec, tile, target)
     if reasons or builder is None:
-        raise TileError(f"tile {tile} cannot be built on {target.name}: " + "; ".join(reasons), reasons)
+        near = ", ".join(map(str, nearest(spec, tile, target)))
+        offer = f". Nearest legal tiles: {near}" if near else ""
+        raise TileError(f"tile {tile} cannot be built on {target.name}: {'; '.join(reasons)}{offer}", reasons)
     return builder.plan(spec, tile, target)
+
+
+def nearest(spec: GemmSpec, tile: TileConfig, target: str | Target, count: int = 3) -> tuple[TileConfig, ...]:
+    """The legal tiles most like ``tile``: each doubling of an extent counts, and ping-pong as much as one.
+
+    Raises:
+        TargetError: unknown target.
+    """
+
+    def distance(other: TileConfig) -> tuple[float, int]:
+        pairs = ((tile.m, other.m), (tile.n, other.n), (tile.k, other.k), (tile.split, other.split))
+        doublings = sum(abs(math.log2(max(1, mine) / theirs)) for mine, theirs in pairs)
+        return doublings + (tile.pingpong != other.pingpong), -other.m * other.n
+
+    return tuple(sorted(legal_tiles(spec, target), key=distance)[:count])

@@ -28,7 +28,8 @@ from nvfp4dsl.config.spec import (
     extent_reasons,
     total_bytes,
 )
-from nvfp4dsl.layouts import SCALE_ATOM_ROWS, SCALE_ATOM_SHAPE, SCALE_ATOM_STRIDE
+from nvfp4dsl.constants import BLOCK
+from nvfp4dsl.layouts import SCALE_ATOM_ROWS, SCALE_ATOM_SHAPE, SCALE_ATOM_STRIDE, ceil_div
 from nvfp4dsl.targets import Target
 
 PRODUCER_WARPS = 4
@@ -42,21 +43,68 @@ MAX_ACCUMULATORS = 128
 MAX_SPLIT_ACCUMULATORS = 64
 #: columns of a box that the store through shared memory writes at a time; 64 or 128 bytes, one swizzle span.
 EPILOGUE_COLUMNS = 32
+#: bytes of one row and 64 k: codes and scales.
+STEP_BYTES = MMA_K // 2 + MMA_K // BLOCK
 #: extents a tile may have. A row of codes fills a 32-, 64- or 128-byte swizzle span.
 TILE_M, TILE_N, TILE_K = (8, 16, 32, 64, 128, 256), (64, 128, 256), (64, 128, 256)
 #: weight rows of a decode tile, and the tokens it may have
 DECODE_TILES = {128: (8, 16, 32), 64: (8, 16)}
 TILE_PINGPONG = (False, True)
 TILE_SPLIT = (1, 2, 4, 8)
-#: what dispatch chooses from; the first is the default.
+#: what dispatch chooses from, by :func:`cycles`; the first is the default.
 TILES = (
     TileConfig(128, 128, 128),
     TileConfig(128, 128, 256),
-    TileConfig(64, 128, 128),
+    TileConfig(256, 128, 128),
+    TileConfig(128, 256, 128),
+    TileConfig(128, 128, 128, pingpong=True),
+    TileConfig(64, 128, 128, pingpong=True),
+    TileConfig(64, 128, 256),
+    TileConfig(64, 64, 256),
     TileConfig(32, 128, 256),
     TileConfig(16, 128, 256),
     TileConfig(8, 128, 256),
+    TileConfig(16, 64, 256),
+    TileConfig(8, 64, 256),
 )
+#: what the model of :func:`cycles` rests on. ptxas issues an OMMA (2 * 16 * 8 * 64 operations) every 16 cycles on each
+#: of four sub-cores, and a stage costs it some more; bytes a cycle that an SM takes from L2, and its share of DRAM, are
+#: those of the known devices, roughly; fixed costs, in cycles, are estimates that no chip has confirmed.
+OMMA_CYCLES, STAGE_CYCLES, L2_BYTES, DRAM_BYTES = 16 / 4, 24, 24, 4
+START_CYCLES, STORE_CYCLES, SPLIT_CYCLES = 1500, 600, 1500
+
+
+def cycles(tile: TileConfig, m: int, n: int, k: int, sms: int) -> float:
+    """A model of the time of an ``m`` x ``n`` x ``k`` GEMM on a device of ``sms`` multiprocessors, in cycles.
+
+    CTAs work through rounds of tiles, or of slices of K. A tile takes its main loop, bound by the tensor core or by
+    what it reads from L2, and then its store, which ping-pong hides behind the next main loop. Nothing is faster than
+    DRAM.
+    """
+    rounds = ceil_div(ceil_div(m, tile.m) * ceil_div(n, tile.n) * tile.split, sms)
+    k_tiles = ceil_div(ceil_div(k, tile.k), tile.split)
+    step = max(tile.m * tile.n / (MMA_M * MMA_N) * OMMA_CYCLES, (tile.m + tile.n) * STEP_BYTES / L2_BYTES)
+    main = k_tiles * (tile.k // MMA_K * step + STAGE_CYCLES)
+    store = STORE_CYCLES + tile.m * tile.n / 8
+    if tile.split > 1:
+        store += SPLIT_CYCLES + tile.m * tile.n * FLOAT_BYTES["fp32"] * (1 + tile.split) / L2_BYTES
+    work = rounds * max(main, store) + store if tile.pingpong else rounds * (main + store)
+    dram = ((m + n) * k / MMA_K * STEP_BYTES + m * n * FLOAT_BYTES["bf16"]) / (sms * DRAM_BYTES)
+    return START_CYCLES + max(work, dram) + work / 16  # of tiles that wait for DRAM alike, the one that works least
+
+
+def choose(m: int, n: int, k: int, sms: int) -> TileConfig:
+    """The tile of least :func:`cycles`; K is split where tiles alone would leave multiprocessors idle."""
+    whole = [tile for tile in TILES if m > tile.m // 2 or tile.m == TILE_M[0]]
+    split = [
+        replace(tile, split=split)
+        for tile in whole
+        for split in TILE_SPLIT[1:]
+        if not tile.pingpong
+        and tile.m * tile.n <= MAX_SPLIT_ACCUMULATORS * MMA_WARPS * WARP
+        and ceil_div(m, tile.m) * ceil_div(n, tile.n) < sms
+    ]
+    return min((*whole, *split), key=lambda tile: cycles(tile, m, n, k, sms))
 
 
 def swapped(tile: TileConfig) -> bool:
@@ -91,7 +139,7 @@ def scale_box(extent: int, k: int) -> tuple[int, int, int]:
     takes the whole atom, whose other half belongs to its neighbour.
     """
     lines, line_bytes = SCALE_ATOM_SHAPE[0][0], SCALE_ATOM_STRIDE[0][0]
-    return min(extent, lines) * line_bytes, k // MMA_K, -(-extent // SCALE_ATOM_ROWS)
+    return min(extent, lines) * line_bytes, k // MMA_K, ceil_div(extent, SCALE_ATOM_ROWS)
 
 
 def scale_bytes(extent: int, k: int) -> int:

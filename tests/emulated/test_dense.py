@@ -4,15 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from split_model import gemm_model
 
 import nvfp4dsl as nv
 from nvfp4dsl import reference, testing
-from nvfp4dsl.config import TILES
+from nvfp4dsl.config import TileConfig
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.testing import assert_close, bits_differing
 
 TARGETS = ("sm_120a", "sm_121a")
 SHAPES = [(1, 128, 64), (17, 40, 48), (128, 128, 128), (200, 320, 1024), (257, 129, 272)]
+#: one tile of each kind, of those that dispatch chooses from; test_tiles.py has the rest
+KINDS = tuple(map(TileConfig.parse, ("128x128x128", "64x128x256", "8x128x256", "64x128x128-pingpong")))
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-5}
 
 
@@ -23,9 +26,9 @@ def emulated(a, b, target, bias=None, seed=0, max_ctas=None, **kwargs):
     return y
 
 
-def check(y, a, b, bias=None):
+def check(y, a, b, bias=None, tile=KINDS[0]):
     """Bits against the arithmetic model, values against float64 in norm and per element."""
-    assert bits_differing(y, reference.gemm_model(a, b, bias, out_dtype=y.dtype)) == 0
+    assert bits_differing(y, gemm_model(a, b, bias, out_dtype=y.dtype, tile=tile)) == 0
     tolerance = TOLERANCE[y.dtype]
     magnitude = reference.dequantize(a, torch.float64).abs() @ reference.dequantize(b, torch.float64).abs().mT
     if bias is not None:
@@ -46,7 +49,7 @@ def test_batch(target, random_operands):
     check(emulated(a, b, target, out_dtype=torch.float32), a, b)
 
 
-@pytest.mark.parametrize("tile", TILES["nvfp4"], ids=str)
+@pytest.mark.parametrize("tile", KINDS, ids=str)
 @pytest.mark.parametrize("out_dtype", list(TOLERANCE), ids=str)
 def test_tiles_and_output_types(tile, out_dtype, random_operands):
     a, b = random_operands(150, 200, 336, seed=1)
@@ -87,7 +90,7 @@ def test_any_order_gives_the_same_bits(seed, random_operands):
 )
 def test_any_legal_tile_on_any_shape(tile, shape, out_dtype):
     a, b = (nv.quantize(torch.randn(rows, shape[2], generator=torch.Generator().manual_seed(0))) for rows in shape[:2])
-    check(emulated(a, b, "sm_121a", tile=tile, out_dtype=out_dtype), a, b)
+    check(emulated(a, b, "sm_121a", tile=tile, out_dtype=out_dtype), a, b, tile=tile)
 
 
 def _probe(rows, k, seed):
@@ -106,8 +109,7 @@ def _one_hot(rows, k, first):
     return NVFP4Tensor(pack_codes(codes), scale.view(torch.float8_e4m3fn), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("tile", TILES["nvfp4"], ids=str)
+@pytest.mark.parametrize(("target", "tile"), [("sm_120a", KINDS[0]), *(("sm_121a", kind) for kind in KINDS)], ids=str)
 def test_one_hot_probe_returns_the_weight_bit_for_bit(target, tile):
     k, n = 272, 168
     weight = _probe(n, k, seed=8)

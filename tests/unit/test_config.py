@@ -1,10 +1,11 @@
 """Targets, legality and the shared-memory plan."""
 
 import dataclasses
+import itertools
 
 import pytest
 
-from nvfp4dsl.config import TILES, GemmSpec, TileConfig, legal, plan, total_bytes
+from nvfp4dsl.config import TILES, GemmSpec, TileConfig, legal, legal_tiles, nearest, omma, plan, total_bytes
 from nvfp4dsl.config.omma import LAUNCH_REGISTERS, MAX_ACCUMULATORS, MMA_REGISTERS, PRODUCER_REGISTERS, PRODUCER_WARPS
 from nvfp4dsl.config.spec import MMA_WARPS
 from nvfp4dsl.errors import TargetError, TileError
@@ -83,6 +84,42 @@ def test_illegal_tiles_say_why(tile, words):
     assert error.value.reasons == reasons
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_whole_tile_space_is_there():
+    """Every (M, N) of 64, 128, 256 whose accumulators fit, with every K that leaves two stages; decode; ping-pong."""
+    admitted = {str(tile) for tile in legal_tiles(GemmSpec(), "sm_121a")}
+    extents = (64, 128, 256)
+    cooperative = {(m, n) for m, n in itertools.product(extents, extents) if m * n <= 32768}
+    assert {f"{m}x{n}x{k}" for m, n in cooperative for k in (64, 128)} <= admitted
+    assert {f"{m}x{n}x{k}" for m, n in cooperative if m + n <= 256 for k in (256,)} <= admitted
+    assert {
+        f"{m}x{n}x{k}" for n, ms in {128: (8, 16, 32), 64: (8, 16)}.items() for m in ms for k in (64, 128, 256)
+    } <= (admitted)
+    assert {f"{m}x{n}x64-pingpong" for m, n in cooperative if m * n <= 16384} <= admitted
+    assert {"8x64x256/8", "64x128x128/4", "128x128x64/2"} <= admitted
+    assert not any("/" in tile and "pingpong" in tile for tile in admitted)
+
+
+def test_an_illegal_tile_comes_with_the_nearest_legal_ones():
+    for wrong, near in (("128x256x256", "128x256x128"), ("100x128x128", "128x128x128"), ("32x64x128", "32x128x128")):
+        with pytest.raises(TileError, match=f"Nearest legal tiles: .*{near}"):
+            plan(GemmSpec(), TileConfig.parse(wrong), "sm_121a")
+    assert nearest(GemmSpec(), TileConfig(64, 64, 64), "sm_120a", 1) == (TileConfig(64, 64, 64),)
+
+
+@pytest.mark.parametrize("sms", [48, 170])
+def test_the_chosen_w4a4_tile_suits_the_shape(sms):
+    shapes = list(itertools.product((1, 8, 17, 32, 64, 100, 512, 4096), (512, 2880, 7680, 14336), (80, 2880, 14336)))
+    for m, n, k in shapes:
+        tile = omma.choose(m, n, k, sms)
+        assert all(legal(GemmSpec(out_dtype=out), tile, "sm_121a") == [] for out in ("bf16", "fp16", "fp32"))
+        assert m > 32 or tile.m <= 32, "few tokens take a decode tile"
+        assert tile.m // 2 < max(m, 8), "a tile half empty has a smaller neighbour"
+        assert tile.split == 1 or -(-m // tile.m) * -(-n // tile.n) < sms, "K is split only where tiles are few"
+        assert omma.cycles(tile, m, n, k, sms) <= omma.cycles(omma.TILES[0], m, n, k, sms) or m <= 64
+    assert omma.choose(8, 512, 14336, sms).split > 1
+    assert omma.choose(8192, 8192, 8192, sms).m >= 128
 
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
