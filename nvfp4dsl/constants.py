@@ -15,3 +15,10 @@ E4M3_MIN_SUBNORMAL = 2.0**-9
 E4M3_MIN_NORMAL = 2.0**-6
 
 FP32_MIN_NORMAL = 2.0**-126
+
+LOG2_E = 1.442695
+EXP2_POLYNOMIAL = (1.0, 0.6931472, 0.24022107, 0.05550357, 0.009676032, 0.0013390863)
+"""2^f for |f| <= 1/2, lowest power first, to 2e-7 of it: interpolation at Chebyshev nodes, rounded to fp32."""
+
+NORM_LANES = 256
+"""Partial sums of squares that a row's RMSNorm keeps apart."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nvfp4dsl import dispatch, emulator
-from nvfp4dsl.config.quantize import ROW_GROUP, QuantizeSpec, QuantizeTile
+from nvfp4dsl.config.quantize import NORM_TILE, ROW_GROUP, QuantizeSpec, QuantizeTile
 from nvfp4dsl.config.spec import WARP
 from nvfp4dsl.constants import BLOCK, FP32_MIN_NORMAL
 from nvfp4dsl.emulator.capture import capture
@@ -24,8 +24,8 @@ from nvfp4dsl.layouts import TMA_ROW_BYTES, ceil_div
 from nvfp4dsl.packing import BLACKWELL
 
 LAYOUTS = (BLACKWELL, CANONICAL)
-#: CTAs of the launch that finds partial maxima, for each multiprocessor
-REDUCE_CTAS_PER_SM = 4
+#: the launch that finds partial maxima, by rows a thread: its tile, and most CTAs for each multiprocessor
+REDUCE_TILES, REDUCE_CTAS_PER_SM = {1: QuantizeTile(32, 1, 256), 4: QuantizeTile(32, 4, 512)}, 4
 
 
 def check_global_scale(global_scale: torch.Tensor | float) -> None:
@@ -79,6 +79,7 @@ def quantize(
     global_scale: torch.Tensor | None,
     *,
     layout: str,
+    up: torch.Tensor | None = None,
     per_matrix: bool = False,
     linear_scales: bool = False,
     saturation: torch.Tensor | None = None,
@@ -91,6 +92,7 @@ def quantize(
             do not start on 16 bytes.
         global_scale: fp32 [] or, one for each matrix, [...]; None takes x's own.
         layout: ``"blackwell"`` or ``"canonical"``.
+        up: quantize ``silu(x) * up`` (:func:`nvfp4dsl.reference.silu_mul`); of x's shape and dtype.
         per_matrix: x's own global scales are one for each matrix.
         linear_scales: return the scales in canonical order too, if ``layout`` is another.
         saturation: int64 [2], to which the numbers of saturated blocks and of blocks are added.
@@ -113,10 +115,12 @@ def quantize(
             own.fill_(1.0)
         return codes, scales, own, linear
     rows, matrices = _aligned(x), math.prod(batch)
+    up_rows = None if up is None else _aligned(up)
     sms = dispatch.sm_count(x.device)
     tile = tile or choose_tile(matrices * m, k // BLOCK, sms)
     spec = QuantizeSpec(
         dtype=dispatch.FLOATS[x.dtype],
+        source="rows" if up is None else "silu_mul",
         layout=layout,
         dynamic=dynamic,
         count=saturation is not None,
@@ -124,7 +128,7 @@ def quantize(
     )
     partials = None
     if dynamic:
-        partials = _partials(rows, global_scale.numel(), target.name, sms)
+        partials = _partials(rows, up_rows, global_scale.numel(), target.name, sms)
         scale_vector = global_scale.view(-1)
     else:
         scale_vector = global_scale.expand(batch).reshape(matrices)
@@ -132,6 +136,7 @@ def quantize(
         dispatch.kernel_for(spec, tile, target.name),  # type: ignore[arg-type]
         {
             "x": rows,
+            "up": up_rows,
             "partials": partials,
             "global_scale": scale_vector,
             "codes": codes.view(matrices, m, -1),
@@ -150,7 +155,69 @@ def quantize(
     return codes, scales, own, linear
 
 
-def empty(x: torch.Tensor, layout: str, linear_scales: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    global_scale: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    layout: str,
+    saturation: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of x, or of ``x + residual``, quantized: :func:`nvfp4dsl.reference.rms_norm`, then quantize.
+
+    Args:
+        x: bf16, fp16 or fp32 [..., M, K]; weight: [K], contiguous; residual: like x, replaced by the sum, K contiguous
+            and rows on 16 bytes: it cannot be copied.
+        global_scale, layout, saturation: as for :func:`quantize`.
+
+    Returns:
+        Codes and scale bytes.
+
+    Raises:
+        OperandError: dtypes or shapes differ, or the residual is not aligned.
+    """
+    target = dispatch.site(x.device)
+    if target is None:
+        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    *batch, m, _ = x.shape
+    codes, scales, _ = empty(x, layout)
+    if not x.numel():
+        return codes, scales
+    rows, matrices = _aligned(x), math.prod(batch)
+    if residual is not None and _aligned(residual).data_ptr() != residual.data_ptr():
+        raise OperandError(
+            f"residual has strides {residual.stride()}; it is written, so K must be contiguous and rows on 16 bytes"
+        )
+    spec = QuantizeSpec(
+        dtype=dispatch.FLOATS[x.dtype],
+        source="rms_norm" if residual is None else "add_rms_norm",
+        layout=layout,
+        count=saturation is not None,
+    )
+    _launch(
+        dispatch.kernel_for(spec, NORM_TILE, target.name),  # type: ignore[arg-type]
+        {
+            "x": rows,
+            "residual": None if residual is None else _aligned(residual),
+            "weight": weight,
+            "eps": eps,
+            "global_scale": global_scale.expand(batch).reshape(matrices),
+            "codes": codes.view(matrices, m, -1),
+            "scales": scales.view(matrices, *scales.shape[len(batch) :]),
+            "linear": None,
+            "saturation": saturation,
+        },
+        outputs=("codes", "scales"),
+        updates=tuple(name for name, t in (("residual", residual), ("saturation", saturation)) if t is not None),
+    )
+    return codes, scales
+
+
+def empty(
+    x: torch.Tensor, layout: str, linear_scales: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scale bytes and linear scales of an x quantized in ``layout``, not filled.
 
     Raises:
@@ -175,11 +242,21 @@ def empty_scale(x: torch.Tensor, per_matrix: bool) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(rows: int, blocks: int, sms: int) -> QuantizeTile:
-    """As many blocks along K as a warp has lanes, or as there are; and four rows a thread, where that leaves two CTAs
-    for every multiprocessor."""
-    along_k = min(WARP, 1 << (blocks - 1).bit_length())
-    tile = QuantizeTile(along_k, 4, min(256, ROW_GROUP * along_k))
-    return tile if ceil_div(blocks, along_k) * tile.row_tiles(rows) >= 2 * sms else QuantizeTile(along_k, 1)
+    """Four rows a thread where that leaves two CTAs for every multiprocessor, else one; see docs/measured.md."""
+    most = 1 << (blocks - 1).bit_length()
+    tall = QuantizeTile(min(8, most), 4, min(256, ROW_GROUP * min(8, most)))
+    return tall if ceil_div(blocks, tall.blocks) * tall.row_tiles(rows) >= 2 * sms else QuantizeTile(min(WARP, most), 1)
+
+
+def requests(
+    m: int, k: int, dtype: torch.dtype, layout: str, target: str, sms: int
+) -> list[tuple[QuantizeSpec, QuantizeTile, str]]:
+    """What to compile, so that :func:`quantize` of an [m, k] by its own scale finds it."""
+    tile, name = choose_tile(m, k // BLOCK, sms), dispatch.FLOATS[dtype]
+    return [
+        (QuantizeSpec(dtype=name, reduce=True), REDUCE_TILES[tile.rows], target),
+        (QuantizeSpec(dtype=name, layout=layout, dynamic=True), tile, target),
+    ]
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -192,15 +269,15 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _partials(rows: torch.Tensor, groups: int, target: str, sms: int) -> torch.Tensor:
+def _partials(rows: torch.Tensor, up: torch.Tensor | None, groups: int, target: str, sms: int) -> torch.Tensor:
     """fp32 [groups, P]: maxima of the shares of x that the global scales are derived from."""
     matrices, m, k = rows.shape
-    tile = choose_tile(matrices * m, k // BLOCK, sms)
+    tile = REDUCE_TILES[choose_tile(matrices * m, k // BLOCK, sms).rows]
     tiles = matrices // groups * tile.row_tiles(m) * ceil_div(k // BLOCK, tile.blocks)
     partials = rows.new_empty((groups, min(tiles, REDUCE_CTAS_PER_SM * sms)), dtype=torch.float32)
-    spec = QuantizeSpec(dtype=dispatch.FLOATS[rows.dtype], reduce=True)
+    spec = QuantizeSpec(dtype=dispatch.FLOATS[rows.dtype], source="rows" if up is None else "silu_mul", reduce=True)
     kernel = dispatch.kernel_for(spec, tile, target)  # type: ignore[arg-type]
-    _launch(kernel, {"x": rows, "partials": partials}, outputs=("partials",))
+    _launch(kernel, {"x": rows, "up": up, "partials": partials}, outputs=("partials",))
     return partials
 
 

@@ -10,7 +10,16 @@ from itertools import pairwise
 
 import torch
 
-from nvfp4dsl.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN_SUBNORMAL, FP32_MIN_NORMAL
+from nvfp4dsl.constants import (
+    BLOCK,
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_MIN_SUBNORMAL,
+    EXP2_POLYNOMIAL,
+    FP32_MIN_NORMAL,
+    LOG2_E,
+    NORM_LANES,
+)
 from nvfp4dsl.errors import ModeError, OperandError
 from nvfp4dsl.formats import NVFP4Tensor, check_k, decode_codes, pack_codes, unpack_codes, values_at_hand
 from nvfp4dsl.mma_model import K_STEP, omma_k64
@@ -30,7 +39,7 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=x.device)
     below = torch.nextafter(ties, torch.zeros_like(ties))
     boundaries = torch.where(torch.arange(len(ties), device=x.device) % 2 == 1, below, ties)
-    return (torch.bucketize(x.abs().float().contiguous(), boundaries) | torch.signbit(x) << 3).to(torch.uint8)
+    return (torch.bucketize(x.abs().float().contiguous(), boundaries) | torch.signbit(x).int() << 3).to(torch.uint8)
 
 
 def _global_scale(x: torch.Tensor, row_ends: tuple[int, ...] | None, per_matrix: bool) -> torch.Tensor:
@@ -109,6 +118,62 @@ def quantize(
     scale = wanted.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
     codes = encode_e2m1(blocks / (scale.float() * row_scale).unsqueeze(-1))
     return template._with(qdata=pack_codes(codes.reshape(storage)), scale=scale)
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """``x * (1 / (1 + exp(-x)))`` in fp32, each operation rounded to nearest even.
+
+    ``t = x * -log2(e)``, kept in [-126, 128]; ``n = rint(t)``; ``f = t - n``, exact; ``p = 2^f`` by Horner's rule in
+    fused multiply-adds (:data:`nvfp4dsl.constants.EXP2_POLYNOMIAL`); ``x * (1 / (1 + p * 2^n))``. 2^128 is infinity, so
+    what is far below zero becomes -0. It differs from the true value by at most 1e-5 of it.
+    """
+    x = x.float()
+    t = (x * torch.tensor(-LOG2_E, device=x.device)).clamp(-126.0, 128.0)
+    n = t.round()
+    f = t - n
+    p = torch.full_like(f, EXP2_POLYNOMIAL[-1])
+    for c in EXP2_POLYNOMIAL[-2::-1]:
+        p = _fma(p, f, torch.full_like(f, c))
+    power = torch.where(n == 128, torch.inf, torch.exp2(n))
+    return x * (1.0 / (1.0 + p * power))
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``, both steps in fp32, then rounded to the dtype of ``gate``: what is then quantized."""
+    return (silu(gate) * up.float()).to(gate.dtype)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of ``x``, or of ``x + residual``, in fp32, each operation rounded to nearest even.
+
+    ``h = x + residual``, rounded to x's dtype. The sum of squares: lane b % 256 of 256 takes block b of 16, in order,
+    by fused multiply-adds from zero; lanes add up in pairs 16, 8, 4, 2, 1 apart within each 32, and the eight sums
+    from the first to the last. ``y = (h * (1 / sqrt(sum / K + eps))) * weight``, rounded to x's dtype.
+
+    Args:
+        x, residual: [..., K], K a multiple of 16; weight: [K].
+
+    Returns:
+        (y, h), both of x's shape and dtype.
+    """
+    h = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    k = x.shape[-1]
+    wide = torch.nn.functional.pad(h.float(), (0, -k % (NORM_LANES * BLOCK)))
+    values = wide.unflatten(-1, (-1, NORM_LANES, BLOCK)).transpose(-3, -2).flatten(-2)  # [..., lane, its values]
+    lanes = torch.zeros_like(values[..., 0])
+    for i in range(values.shape[-1]):
+        lanes = _fma(values[..., i], values[..., i], lanes)
+    warps = lanes.unflatten(-1, (-1, 32))
+    while warps.shape[-1] > 1:
+        warps = warps[..., : warps.shape[-1] // 2] + warps[..., warps.shape[-1] // 2 :]
+    total = torch.zeros_like(warps[..., 0, 0])
+    for warp in range(warps.shape[-2]):
+        total = total + warps[..., warp, 0]
+    mean = total / torch.full_like(total, k)
+    root = 1.0 / (mean + torch.tensor(eps, dtype=torch.float32, device=x.device)).sqrt()
+    return ((h.float() * root.unsqueeze(-1)) * weight.float()).to(x.dtype), h
 
 
 def scaled_codes(t: NVFP4Tensor, dtype: torch.dtype) -> torch.Tensor:

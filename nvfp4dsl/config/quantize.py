@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvfp4dsl.config.spec import FLOAT_BYTES, WARP
+from nvfp4dsl.constants import NORM_LANES
 from nvfp4dsl.errors import TileError
 from nvfp4dsl.layouts import SCALE_ATOM_SHAPE
 from nvfp4dsl.targets import Target, get_target
 
-SOURCES = ("rows",)
+SOURCES = ("rows", "silu_mul", "rms_norm", "add_rms_norm")
 LAYOUTS = ("blackwell", "canonical")
 ROW_GROUP = SCALE_ATOM_SHAPE[0][0]
 
@@ -22,7 +23,8 @@ class QuantizeSpec:
 
     Attributes:
         dtype: of the rows: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
-        source: where a row comes from: ``"rows"`` (memory, as it is).
+        source: where a row comes from: ``"rows"`` (memory, as it is), ``"silu_mul"`` (``silu(gate) * up``),
+            ``"rms_norm"``, or ``"add_rms_norm"`` (of the sum with a residual, which is written back).
         layout: of codes and scales: ``"blackwell"`` (padded, swizzled) or ``"canonical"``.
         dynamic: the global scale is derived from partial maxima, which a kernel with ``reduce`` left, and is written;
             otherwise it is read.
@@ -89,6 +91,10 @@ class QuantizeTile:
         return f"{self.blocks}x{self.rows}/{self.threads}"
 
 
+#: of RMSNorm: a CTA a row, whose threads keep the partial sums that the reference defines
+NORM_TILE = QuantizeTile(NORM_LANES, 1, NORM_LANES)
+
+
 @dataclass(frozen=True)
 class QuantizePlan:
     """A legal tile with what follows from the target.
@@ -100,6 +106,15 @@ class QuantizePlan:
     spec: QuantizeSpec
     tile: QuantizeTile
     hardware_e2m1: bool
+
+    @property
+    def swizzled(self) -> bool:
+        return self.spec.layout == "blackwell"
+
+    @property
+    def norm(self) -> bool:
+        """A CTA takes whole rows."""
+        return self.spec.source in ("rms_norm", "add_rms_norm")
 
 
 def plan(spec: QuantizeSpec, tile: QuantizeTile, target: str | Target) -> QuantizePlan:
@@ -117,4 +132,6 @@ def plan(spec: QuantizeSpec, tile: QuantizeTile, target: str | Target) -> Quanti
         raise TileError(
             f"tile {tile}: a thread takes 1, 2 or 4 rows; more than one only if threads / blocks is at most {ROW_GROUP}"
         )
+    if spec.source in ("rms_norm", "add_rms_norm") and tile != NORM_TILE:
+        raise TileError(f"tile {tile}: the sum of squares of RMSNorm is defined for {NORM_TILE}")
     return QuantizePlan(spec, tile, hardware_e2m1=target.capability >= (10, 0))

@@ -36,6 +36,8 @@ from nvfp4dsl.kernels.e2m1 import (
     warp_maximum,
 )
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
+from nvfp4dsl.kernels.functions import silu
+from nvfp4dsl.kernels.instructions import pack_half2
 from nvfp4dsl.layouts import (
     SCALE_ATOM_BLOCKS,
     SCALE_ATOM_BYTES,
@@ -60,16 +62,16 @@ INFINITY_BITS, FP32_MAX = 0x7F800000, (2 - 2.0**-23) * 2.0**127
 class Amax:
     """``partials[g, p] = max |x|`` over the share of CTA p of the matrices that have a global scale g in common.
 
-    Call arguments: ``x`` (L, M, K), K contiguous, rows on 16 bytes; ``partials`` (G, P) fp32, G = 1 or L: one launch of
-    P x G CTAs. NaN anywhere is the largest magnitude.
+    Call arguments: ``x`` (L, M, K), K contiguous, rows on 16 bytes; ``up`` like it, or None; ``partials`` (G, P) fp32,
+    G = 1 or L: one launch of P x G CTAs. NaN anywhere is the largest magnitude.
     """
 
     def __init__(self, plan: QuantizePlan):
         self.plan = plan
 
     @cute.jit
-    def __call__(self, x: cute.Tensor, partials: cute.Tensor, stream):
-        self.kernel(x, partials).launch(
+    def __call__(self, x: cute.Tensor, up: cute.Tensor | None, partials: cute.Tensor, stream):
+        self.kernel(x, up, partials).launch(
             grid=[partials.shape[1], partials.shape[0], 1],
             block=[self.plan.tile.threads, 1, 1],
             stream=stream,
@@ -77,20 +79,20 @@ class Amax:
         )
 
     @cute.kernel
-    def kernel(self, mX: cute.Tensor, mPartials: cute.Tensor):
-        _overlap_launches()
+    def kernel(self, mX: cute.Tensor, mUp: cute.Tensor | None, mPartials: cute.Tensor):
+        overlap_launches()
         thread, _, _ = cute.arch.thread_idx()
         share, group, _ = cute.arch.block_idx()
         # all matrices where they share a global scale
         matrices = mX.shape[0] // mPartials.shape[0]
-        mine = Share(self.plan, Rows(self.plan, mX), thread)
+        mine = Share(self.plan, _source(self.plan, mX, mUp), thread)
         largest = mine.amax(group * matrices, matrices, share, mPartials.shape[1])
         largest = CtaMaximum(self.plan.tile.threads).of(largest)
         if thread == 0:
             mPartials[group, share] = float_of_bits(largest)
 
 
-def _overlap_launches() -> None:
+def overlap_launches() -> None:
     """Let the next kernel start, and touch no memory before the last has ended (programmatic dependent launch)."""
     cute.arch.griddepcontrol_launch_dependents()
     cute.arch.griddepcontrol_wait()
@@ -132,9 +134,11 @@ class Share:
             while row_tile >= row_tiles:
                 row_tile -= row_tiles
                 batch += 1
-            row, block = self.place.of(row_tile, k_tile)
+            # backwards, so that what is read last, and still in the L2, is what the next kernel reads first
+            row, block = self.place.of(row_tiles - 1 - row_tile, k_tile)
             for words in self.source.load(batch, row, block, self.tile.rows):
-                largest = cutlass.max(largest, bits_of_float(self.source.magnitude(words)))
+                _, amax = self.source.block(words)
+                largest = cutlass.max(largest, bits_of_float(amax))
             k_tile += k_step
             row_tile += row_step
             if k_tile >= k_tiles:
@@ -167,10 +171,11 @@ class CtaMaximum:
 class Quantize:
     """Codes and scales of ``x``, by :func:`nvfp4dsl.reference.quantize` bit for bit.
 
-    Call arguments: ``x`` (L, M, K), K contiguous, rows on 16 bytes; ``partials`` (G, P) fp32 or None;
-    ``global_scale`` (L) fp32, any stride, read, or (G) written if dynamic; ``codes`` (L, M, bytes) u8; ``scales``
-    u8, (L, ceil(M/128), ceil(K/64), 512) or canonical (L, M, K/16); ``linear`` (L, M, K/16) u8 or None; ``saturation``
-    (2) int64 or None, to which the numbers of saturated blocks and of blocks are added. Pads are written, with zeros.
+    Call arguments: ``x`` (L, M, K), K contiguous, rows on 16 bytes; ``up`` like it, or None; ``partials`` (G, P) fp32
+    or None; ``global_scale`` (L) fp32, any stride, read, or (G) written if dynamic; ``codes`` (L, M, bytes) u8;
+    ``scales`` u8, (L, ceil(M/128), ceil(K/64), 512) or canonical (L, M, K/16); ``linear`` (L, M, K/16) u8 or None;
+    ``saturation`` (2) int64 or None, to which the numbers of saturated blocks and of blocks are added. Pads are
+    written, with zeros.
 
     Values that are not finite: an infinity is like any value too large, +-6 of the largest scale; a NaN makes its
     block's scale NaN and its codes 7. A global scale that is not finite and positive makes every scale NaN.
@@ -183,6 +188,7 @@ class Quantize:
     def __call__(
         self,
         x: cute.Tensor,
+        up: cute.Tensor | None,
         partials: cute.Tensor | None,
         global_scale: cute.Tensor,
         codes: cute.Tensor,
@@ -193,7 +199,7 @@ class Quantize:
     ):
         out = Destination(self.plan, x.shape[2], codes, scales, linear)
         tile = self.plan.tile
-        self.kernel(x, partials, global_scale, codes, scales, linear, saturation).launch(
+        self.kernel(x, up, partials, global_scale, codes, scales, linear, saturation).launch(
             grid=[cute.ceil_div(out.padded_blocks, tile.blocks), tile.row_tiles(out.padded_rows), x.shape[0]],
             block=[tile.threads, 1, 1],
             stream=stream,
@@ -204,6 +210,7 @@ class Quantize:
     def kernel(
         self,
         mX: cute.Tensor,
+        mUp: cute.Tensor | None,
         mPartials: cute.Tensor | None,
         mGlobal: cute.Tensor,
         mCodes: cute.Tensor,
@@ -211,11 +218,11 @@ class Quantize:
         mLinear: cute.Tensor | None,
         mSaturation: cute.Tensor | None,
     ):
-        _overlap_launches()
+        overlap_launches()
         plan, tile = self.plan, self.plan.tile
         thread, _, _ = cute.arch.thread_idx()
         k_tile, row_tile, batch = cute.arch.block_idx()
-        source, out = Rows(plan, mX), Destination(plan, mX.shape[2], mCodes, mScales, mLinear)
+        source, out = _source(plan, mX, mUp), Destination(plan, mX.shape[2], mCodes, mScales, mLinear)
         row, block = Place(tile, thread).of(row_tile, k_tile)
         blocks = source.load(batch, row, block, tile.rows)
         first = k_tile + row_tile + thread == 0
@@ -224,14 +231,13 @@ class Quantize:
         else:
             scaling = Scaling(plan, mGlobal[batch])
         if cutlass.const_expr(plan.spec.count):
-            _count_blocks(mSaturation, Int64(source.rows) * source.blocks, first)
+            count_blocks(mSaturation, Int64(source.rows) * source.blocks, first)
         out.place(batch, row, block)
         for i, words in enumerate(blocks):
-            values = source.values(words)
-            low, high, scale, wanted = scaling.quantize(values, source.magnitude(words))
+            low, high, scale, wanted = scaling.quantize(*source.block(words))
             out.store(i, low, high, scale)
             if cutlass.const_expr(plan.spec.count):
-                _count_saturated(mSaturation, wanted > SATURATED)
+                count_saturated(mSaturation, wanted > SATURATED)
 
 
 @cute.jit
@@ -252,13 +258,13 @@ def _dynamic_scale(plan, mPartials: cute.Tensor, mGlobal: cute.Tensor, batch, th
 
 
 @cute.jit
-def _count_blocks(mSaturation: cute.Tensor, number: Int64, once):
+def count_blocks(mSaturation: cute.Tensor, number: Int64, once):
     if once:
         add_global(Int64(mSaturation.iterator.toint()) + 8, number)
 
 
 @cute.jit
-def _count_saturated(mSaturation: cute.Tensor, saturated):
+def count_saturated(mSaturation: cute.Tensor, saturated):
     number = cute.arch.popc(cute.arch.vote_ballot_sync(saturated))
     if cute.arch.lane_idx() == 0 and number > 0:
         add_global(Int64(mSaturation.iterator.toint()), Int64(number))
@@ -273,12 +279,15 @@ class Rows:
         self.blocks = k // BLOCK
         self.bytes = FLOAT_BYTES[self.dtype]
 
-    def load(self, batch: Int32, row: Int32, block: Int32, count: int) -> list[list]:
-        """The words of ``count`` blocks, of rows 32 apart; zeros outside the tensor."""
+    def address(self, batch: Int32, row: Int32, block: Int32) -> Int64:
         batch_stride, row_stride, _ = self.mX.stride
         offset = Int64(batch) * batch_stride + Int64(row) * row_stride + Int64(block) * BLOCK
-        address = Int64(self.mX.iterator.toint()) + offset * self.bytes
-        step = Int64(row_stride) * (ROW_GROUP * self.bytes)
+        return Int64(self.mX.iterator.toint()) + offset * self.bytes
+
+    def load(self, batch: Int32, row: Int32, block: Int32, count: int) -> list[list]:
+        """The words of ``count`` blocks, of rows 32 apart; zeros outside the tensor."""
+        address = self.address(batch, row, block)
+        step = Int64(self.mX.stride[1]) * (ROW_GROUP * self.bytes)
         words = []
         for i in range(count):
             limit = cutlass.select_(row + i * ROW_GROUP < self.rows, self.blocks, Int32(0))
@@ -287,17 +296,44 @@ class Rows:
             address += step
         return words
 
+    def block(self, words: list) -> tuple[list, Float32]:
+        """(values, the largest magnitude among them, NaN if there is one)."""
+        values = self.values(words)
+        if self.dtype == "fp32":
+            return values, _tree(maximum_magnitude, values)
+        pair = _tree(lambda a, b: maximum_magnitude_x2(a, b, self.dtype), words)
+        return values, maximum_magnitude(*unpack_halves(pair, self.dtype))
+
     def values(self, words: list) -> list:
         if self.dtype == "fp32":
             return [float_of_bits(word) for word in words]
         return [value for word in words for value in unpack_halves(word, self.dtype)]
 
-    def magnitude(self, words: list) -> Float32:
-        """The block's largest magnitude, NaN if there is one."""
+    def words(self, values: list) -> list:
+        """Values rounded to the dtype: the inverse of :meth:`values`."""
         if self.dtype == "fp32":
-            return _tree(maximum_magnitude, [float_of_bits(word) for word in words])
-        pair = _tree(lambda a, b: maximum_magnitude_x2(a, b, self.dtype), words)  # but for the sign
-        return maximum_magnitude(*unpack_halves(pair, self.dtype))
+            return [bits_of_float(value) for value in values]
+        pairs = zip(values[::2], values[1::2], strict=True)
+        return [pack_half2(low, high, FLOAT_TYPES[self.dtype]) for low, high in pairs]
+
+
+class SiluMul:
+    """``silu(gate) * up``, rounded to their dtype."""
+
+    def __init__(self, plan: QuantizePlan, mGate: cute.Tensor, mUp: cute.Tensor):
+        self.gate, self.up = Rows(plan, mGate), Rows(plan, mUp)
+        self.rows, self.blocks = self.gate.rows, self.gate.blocks
+
+    def load(self, batch: Int32, row: Int32, block: Int32, count: int) -> list[tuple]:
+        return list(zip(*(part.load(batch, row, block, count) for part in (self.gate, self.up)), strict=True))
+
+    def block(self, words: tuple) -> tuple[list, Float32]:
+        pairs = zip(self.gate.values(words[0]), self.up.values(words[1]), strict=True)
+        return self.gate.block(self.gate.words([multiply(silu(gate), up) for gate, up in pairs]))
+
+
+def _source(plan: QuantizePlan, mX: cute.Tensor, mUp) -> Rows | SiluMul:
+    return Rows(plan, mX) if mUp is None else SiluMul(plan, mX, mUp)
 
 
 def _tree(function, items: list):
@@ -365,7 +401,7 @@ class Destination:
 
     def __init__(self, plan: QuantizePlan, k: Int32, mCodes: cute.Tensor, mScales: cute.Tensor, mLinear):
         self.mCodes, self.mScales, self.mLinear = mCodes, mScales, mLinear
-        self.swizzled = plan.spec.layout == "blackwell"
+        self.swizzled = plan.swizzled
         _, self.rows, self.row_bytes = mCodes.shape
         self.blocks, self.code_blocks = k // BLOCK, self.row_bytes // BLOCK_BYTES
         if self.swizzled:
@@ -407,34 +443,42 @@ class Destination:
                 store_global_u8(self.linear + self.linear_step * i, scale)
 
 
-def build(spec: QuantizeSpec, tile: QuantizeTile, target: str) -> tuple[Quantize | Amax, tuple]:
+def build(spec: QuantizeSpec, tile: QuantizeTile, target: str) -> tuple:
     """The kernel object and the fake arguments to trace it with; extents and batch strides are symbols.
 
     Raises:
         TileError: the tile is not legal.
         TargetError: unknown target.
     """
+    from nvfp4dsl.kernels.norm import NormQuantize  # it builds on this module
+
     planned = plan(spec, tile, target)
     batch, m, k = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
-    vector = LOAD_BYTES // FLOAT_BYTES[spec.dtype]
-    strides = (cute.sym_int64(divisibility=vector), cute.sym_int64(divisibility=vector), 1)
-    x = make_fake_tensor(FLOAT_TYPES[spec.dtype], (batch, m, k), strides, assumed_align=LOAD_BYTES)
-    partials = _compact(Float32, cute.sym_int(), cute.sym_int())
+
+    def rows():
+        vector = LOAD_BYTES // FLOAT_BYTES[spec.dtype]
+        strides = (cute.sym_int64(divisibility=vector), cute.sym_int64(divisibility=vector), 1)
+        return make_fake_tensor(FLOAT_TYPES[spec.dtype], (batch, m, k), strides, assumed_align=LOAD_BYTES)
+
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    partials = _compact(Float32, cute.sym_int(), cute.sym_int())
+    up = rows() if spec.source == "silu_mul" else None
     if spec.reduce:
-        return Amax(planned), (x, partials, stream)
+        return Amax(planned), (rows(), up, partials, stream)
     linear = _compact(Uint8, batch, m, cute.sym_int())
-    swizzled = _compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
-    return Quantize(planned), (
-        x,
-        partials if spec.dynamic else None,
+    results = (
         make_fake_tensor(Float32, (cute.sym_int(),), (cute.sym_int64(),), assumed_align=4),
         _compact(Uint8, batch, m, cute.sym_int(divisibility=BLOCK_BYTES)),
-        swizzled if spec.layout == "blackwell" else linear,
+        _compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES) if planned.swizzled else linear,
         linear if spec.linear else None,
         _compact(Int64, 2) if spec.count else None,
         stream,
     )
+    if planned.norm:
+        residual = rows() if spec.source == "add_rms_norm" else None
+        weight = make_fake_tensor(FLOAT_TYPES[spec.dtype], (k,), (1,), assumed_align=LOAD_BYTES)
+        return NormQuantize(planned), (rows(), residual, weight, Float32(1e-6), *results)
+    return Quantize(planned), (rows(), up, partials if spec.dynamic else None, *results)
 
 
 def _compact(dtype, *shape):

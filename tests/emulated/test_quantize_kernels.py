@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import nvfp4dsl as nv
 from nvfp4dsl import quantization, reference
 from nvfp4dsl.config.quantize import QuantizeTile
-from nvfp4dsl.packing import swizzle_scales
-from nvfp4dsl.testing import tensors, tie_tensors
+from nvfp4dsl.packing import prepare, swizzle_scales
+from nvfp4dsl.testing import assert_close, tensors, tie_tensors
 
 TARGETS = ("sm_90a", "sm_100a", "sm_120a", "sm_121a")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -138,3 +138,38 @@ def test_no_rows():
         codes, scales, own, linear = quantization.quantize(_random(0, 48), None, layout="blackwell", linear_scales=True)
     assert (codes.shape, scales.shape, own.item(), linear.shape) == ((0, 32), (0, 1, 512), 1.0, (0, 3))
     assert not emulation.runs
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_silu_mul(target, dtype):
+    gate, up = _random(37, 144, dtype=dtype) * 6, _random(37, 144, seed=1, dtype=dtype)
+    gate[0, :8] = torch.tensor([0.0, -0.0, -200, 200, -88, 88, -1000, 1e4])
+    product = reference.silu_mul(gate, up)
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    assert_close(product.double(), exact, norm=3e-3, element=4e-3)
+    for scale in (torch.tensor(0.01), None):
+        with nv.emulate(target):
+            codes, scales, own, _ = quantization.quantize(gate, scale, layout="canonical", up=up)
+        expected = reference.quantize(product, scale)
+        assert torch.equal(codes, expected.qdata)
+        assert torch.equal(scales, expected.scale.view(torch.uint8))
+        assert own is None or torch.equal(own, expected.global_scale)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("added", [False, True])
+def test_rms_norm(target, added):
+    """K = 80: fewer blocks than threads; 4368: more, and not as many for each."""
+    for (m, k), dtype in (((3, 80), torch.bfloat16), ((2, 4368), torch.bfloat16), ((2, 48), torch.float16)):
+        x, weight, scale = _random(m, k, dtype=dtype) * 8, _random(k, seed=1, dtype=dtype), torch.tensor(0.005)
+        residual = _random(m, k, seed=2, dtype=dtype) if added else None
+        y, h = reference.rms_norm(x, weight, 1e-5, residual)
+        exact = torch.nn.functional.rms_norm(h.double(), (k,), weight.double(), 1e-5)
+        assert_close(y.double(), exact, norm=3e-3, element=4e-3)
+        with nv.emulate(target):
+            codes, scales = quantization.rms_norm(x, weight, 1e-5, scale, residual, layout="blackwell")
+        expected = prepare(reference.quantize(y, scale), "sm_121a")
+        assert torch.equal(codes, expected.qdata)
+        assert torch.equal(scales, expected.scale.view(torch.uint8))
+        assert residual is None or torch.equal(residual, h)
