@@ -122,17 +122,14 @@ def linear(
         TargetError: the device has no kernel for the mode.
     """
     if not is_dynamo_compiling():  # which Dynamo takes for a constant, and looks no further
-        try:
-            known = weight.__dict__[eager.ATTRIBUTE]
-            launch = known[x.shape, None if bias is None else bias.dtype, activation, overlap]
-        except (AttributeError, KeyError):
-            launch = NotImplemented
-        if launch is NotImplemented:
-            launch = eager.remember(x, weight, bias, activation, overlap)
-        if launch is not None:
-            if (y := launch(x, bias)) is not None:
-                return y
-            eager.forget(weight)
+        launch = getattr(weight, eager.LAUNCH, None)
+        y = launch(x, bias, activation, overlap) if launch is not None else NotImplemented
+        if y is NotImplemented:
+            known = eager.remember(x, weight, bias, activation, overlap)
+            y = getattr(weight, eager.LAUNCH)(x, bias, activation, overlap) if known else None
+        if y is not None:
+            return y
+        eager.forget(weight)
     mode = activation or "bf16"
     reference.check_linear(x, weight, bias, mode)
     if overlap not in dispatch.OVERLAPS:

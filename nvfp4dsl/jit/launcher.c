@@ -15,7 +15,7 @@ typedef struct {
   const char* doc;
 } PyMethodDef;
 #define METH_FASTCALL 0x80
-extern PyObject _Py_NoneStruct, _Py_TrueStruct;
+extern PyObject _Py_NoneStruct, _Py_TrueStruct, _Py_NotImplementedStruct;
 PyObject* PyCFunction_NewEx(PyMethodDef*, PyObject*, PyObject*);
 PyObject* PyObject_Call(PyObject*, PyObject*, PyObject*);
 PyObject* PyObject_CallNoArgs(PyObject*);
@@ -33,9 +33,13 @@ void PyEval_RestoreThread(void*);
 /* The kernel's arguments: x, codes, scales, alpha, bias, y, max_ctas. */
 enum { X, CODES, SCALES, ALPHA, BIAS, Y, MAX_CTAS, ARGUMENTS };
 #define MOST_WATCHES 8
+#define MOST_RANKS 8
 
 typedef struct {
-  PyObject* tensor_types[2];              /* what x and bias may be: exactly these, no subclass */
+  void* owner;                            /* the Python object whose memory this is */
+  PyObject *activation, *overlap;         /* the call it serves: these arguments, */
+  int64_t rank, shape[MOST_RANKS];        /* an x of this shape, */
+  int64_t bias_type;                      /* a bias of this DLDataType, or -1 for none */
   PyObject* watches[MOST_WATCHES];        /* called without arguments, or asked for an attribute; NULL ends */
   PyObject* attributes[MOST_WATCHES];     /* its name, NULL for a call */
   PyObject* quiet[MOST_WATCHES];          /* what comes back if nothing stands in the way */
@@ -55,16 +59,44 @@ typedef struct {
   int64_t max_ctas;
 } plan;
 
-static PyObject* long_way(void) {
+typedef struct {
+  PyObject* tensor_types[2];              /* what x and bias may be: exactly these, no subclass */
+  const DLPackExchangeAPI* torch;
+  int64_t count;
+  plan* plans[];                          /* the one used last comes first */
+} table;
+
+static PyObject* answer(PyObject* value) {
   PyErr_Clear();
-  Py_IncRef(&_Py_NoneStruct);
-  return &_Py_NoneStruct;
+  Py_IncRef(value);
+  return value;
+}
+static PyObject* long_way(void) { return answer(&_Py_NoneStruct); }
+
+static int is_plain(const table* t, PyObject* object) {
+  PyObject* type = PyObject_Type(object);
+  Py_DecRef(type);
+  return type == t->tensor_types[0] || type == t->tensor_types[1];
 }
 
-static int is_plain(const plan* p, PyObject* t) {
-  PyObject* type = PyObject_Type(t);
-  Py_DecRef(type);
-  return type == p->tensor_types[0] || type == p->tensor_types[1];
+static int is_same(PyObject* a, PyObject* b) { return a == b || PyObject_RichCompareBool(a, b, Py_EQ) == 1; }
+
+static int serves(const plan* p, const DLTensor* x, int64_t bias_type, PyObject* activation, PyObject* overlap) {
+  if (p->rank != x->ndim || p->bias_type != bias_type) return 0;
+  for (int i = 0; i < x->ndim; ++i)
+    if (p->shape[i] != x->shape[i]) return 0;
+  return is_same(p->activation, activation) && is_same(p->overlap, overlap);
+}
+
+/* The plan for such a call, moved to the front; NULL if there is none. */
+static plan* find(table* t, const DLTensor* x, int64_t bias_type, PyObject* activation, PyObject* overlap) {
+  for (int64_t i = 0; i < t->count; ++i)
+    if (serves(t->plans[i], x, bias_type, activation, overlap)) {
+      plan* found = t->plans[i];
+      for (; i > 0; --i) t->plans[i] = t->plans[i - 1];
+      return t->plans[0] = found;
+    }
+  return 0;
 }
 
 static int is_true(PyObject* value) {
@@ -77,7 +109,7 @@ static int is_watched(const plan* p, PyObject* x, PyObject* bias) {
   for (int i = 0; i < MOST_WATCHES && p->watches[i]; ++i) {
     PyObject* name = p->attributes[i];
     PyObject* value = name ? PyObject_GetAttr(p->watches[i], name) : PyObject_CallNoArgs(p->watches[i]);
-    int quiet = value && (value == p->quiet[i] || PyObject_RichCompareBool(value, p->quiet[i], Py_EQ) == 1);
+    int quiet = value && is_same(value, p->quiet[i]);
     if (value) Py_DecRef(value);
     if (!quiet) return 1;
   }
@@ -86,15 +118,10 @@ static int is_watched(const plan* p, PyObject* x, PyObject* bias) {
          (bias != &_Py_NoneStruct && is_true(PyObject_GetAttr(bias, p->requires_grad)));
 }
 
-/* What the tensor says of itself. */
-static int take(const plan* p, PyObject* object, DLTensor* t) {
-  return !p->torch->dltensor_from_py_object_no_sync(object, t);
-}
-
 /* Its address and device; type, shape and strides are the plan's. */
 static int take_address(const plan* p, PyObject* object, DLTensor* t) {
   DLTensor given;
-  if (!take(p, object, &given)) return 0;
+  if (p->torch->dltensor_from_py_object_no_sync(object, &given)) return 0;
   t->data = (char*)given.data + given.byte_offset, t->device = given.device;
   return 1;
 }
@@ -132,18 +159,28 @@ static int run(const plan* p, TVMFFIAny* arguments, DLDevice device) {
   return !failed;
 }
 
-/* launch(x, bias) -> y, or None where only the long way will do. */
+/* launch(x, bias, activation, overlap) -> y; None where only the long way will do; NotImplemented where no plan serves
+ * the call. */
 static PyObject* launch(PyObject* self, PyObject* const* args, intptr_t count) {
-  const plan* p = PyLong_AsVoidPtr(self);
-  PyObject *x = count > 0 ? args[0] : &_Py_NoneStruct, *bias = count > 1 ? args[1] : &_Py_NoneStruct;
+  table* t = PyLong_AsVoidPtr(self);
+  if (!t || count != 4) return long_way();
+  PyObject *x = args[0], *bias = args[1];
   int biased = bias != &_Py_NoneStruct;
-  if (!p || !is_plain(p, x) || (biased && !is_plain(p, bias)) || is_watched(p, x, bias)) return long_way();
-
+  if (!is_plain(t, x) || (biased && !is_plain(t, bias))) return long_way();
   DLTensor tensors[ARGUMENTS];
-  for (int i = 0; i < MAX_CTAS; ++i) tensors[i] = p->tensors[i];
-  if (!take(p, x, &tensors[X]) || (biased && !take(p, bias, &tensors[BIAS]))) return long_way();
-  for (int i = 0; i < 3; ++i)
-    if (!take_address(p, p->weights[i], &tensors[CODES + i])) return long_way();
+  if (t->torch->dltensor_from_py_object_no_sync(x, &tensors[X])) return long_way();
+  if (biased && t->torch->dltensor_from_py_object_no_sync(bias, &tensors[BIAS])) return long_way();
+  const DLDataType of_bias = tensors[BIAS].dtype;
+  plan* p = find(t, &tensors[X], biased ? of_bias.code | of_bias.bits << 8 | of_bias.lanes << 16 : -1, args[2], args[3]);
+  if (!p) return answer(&_Py_NotImplementedStruct);
+  if (is_watched(p, x, bias)) return long_way();
+
+  static const int fixed[] = {CODES, SCALES, ALPHA};
+  for (int i = 0; i < 3; ++i) {
+    tensors[fixed[i]] = p->tensors[fixed[i]];
+    if (!take_address(p, p->weights[i], &tensors[fixed[i]])) return long_way();
+  }
+  tensors[Y] = p->tensors[Y];
   int64_t shape[2] = {p->rows, p->k}, strides[2] = {row_pitch(p, &tensors[X]), 1};
   if (!strides[0]) return long_way();
   tensors[X].ndim = 2, tensors[X].shape = shape, tensors[X].strides = strides;
@@ -153,17 +190,19 @@ static PyObject* launch(PyObject* self, PyObject* const* args, intptr_t count) {
     if (i != BIAS || biased) arguments[i].type_index = kTVMFFIDLTensorPtr, arguments[i].v_ptr = &tensors[i];
   arguments[MAX_CTAS].type_index = kTVMFFIInt, arguments[MAX_CTAS].v_int64 = p->max_ctas;
 
-  for (int elsewhere = 0; elsewhere < 2; ++elsewhere) {
-    PyObject* y = elsewhere ? PyObject_CallNoArgs(p->empty_elsewhere) : PyObject_Call(p->empty, p->empty_arguments, 0);
-    if (!y) return long_way();
-    if (take_address(p, y, &tensors[Y]) && run(p, arguments, tensors[X].device)) return y;
-    Py_DecRef(y);
+  PyObject *owner = p->owner, *y = 0;
+  Py_IncRef(owner); /* another thread may forget the plan while this one is in the driver */
+  for (int elsewhere = 0; elsewhere < 2 && !y; ++elsewhere) {
+    y = elsewhere ? PyObject_CallNoArgs(p->empty_elsewhere) : PyObject_Call(p->empty, p->empty_arguments, 0);
+    if (y && !(take_address(p, y, &tensors[Y]) && run(p, arguments, tensors[X].device))) Py_DecRef(y), y = 0;
   }
-  return long_way();
+  Py_DecRef(owner);
+  return y ? y : long_way();
 }
 
-static PyMethodDef method = {"launch", launch, METH_FASTCALL, "launch(x, bias) -> y, or None"};
+static PyMethodDef method = {"launch", launch, METH_FASTCALL, 0};
 
-/* The function for the plan at `address`, a Python integer; `owner` lives as long as it does. */
+/* The function for the table at `address`, a Python integer; `owner` lives as long as it does. */
 PyObject* launcher_new(PyObject* address, PyObject* owner) { return PyCFunction_NewEx(&method, address, owner); }
 int64_t launcher_plan_bytes(void) { return sizeof(plan); }
+int64_t launcher_table_bytes(void) { return sizeof(table); }

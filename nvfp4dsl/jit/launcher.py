@@ -1,6 +1,7 @@
 """Calls of a compiled W4A16 kernel in as little of the host's time as they may take: ``launcher.c``, compiled once.
 
-:func:`launcher` gives a builtin function for one shape of x. It wants a C compiler at run time, as Triton does.
+A :class:`Launcher` keeps a plan for each shape of x that it has been called with. It wants a C compiler at run time, as
+Triton does.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-Launch = Callable[[Any, Any], Any]
 Watch = tuple[Any, "str | None", Any]
 """An object, the name of an attribute or None to call it without arguments, and the answer that must come back."""
 
-X, CODES, BIAS, Y, ARGUMENTS = 0, 1, 4, 5, 7
-MOST_WATCHES = 8
+CODES, Y, ARGUMENTS = 1, 5, 7
+MOST_WATCHES, MOST_RANKS = 8, 8
+MOST_PLANS = 32
+"""Calls that a weight remembers: those that decode, and CUDA graphs, come back to. Beyond, it starts afresh."""
+
 _CAPSULE = b"dlpack_exchange_api"
 _DTYPES = {"uint8": (1, 8), "float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
 """DLDataType: code and bits."""
@@ -46,7 +49,12 @@ class _Plan(ctypes.Structure):
     """``plan`` of launcher.c."""
 
     _fields_ = (
-        ("tensor_types", ctypes.py_object * 2),
+        ("owner", ctypes.c_void_p),
+        ("activation", ctypes.py_object),
+        ("overlap", ctypes.py_object),
+        ("rank", ctypes.c_int64),
+        ("shape", ctypes.c_int64 * MOST_RANKS),
+        ("bias_type", ctypes.c_int64),
         ("watches", ctypes.py_object * MOST_WATCHES),
         ("attributes", ctypes.py_object * MOST_WATCHES),
         ("quiet", ctypes.py_object * MOST_WATCHES),
@@ -71,6 +79,17 @@ class _Plan(ctypes.Structure):
     )
 
 
+class _Table(ctypes.Structure):
+    """``table`` of launcher.c."""
+
+    _fields_ = (
+        ("tensor_types", ctypes.py_object * 2),
+        ("torch", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("plans", ctypes.c_void_p * MOST_PLANS),
+    )
+
+
 @functools.cache
 def library() -> ctypes.PyDLL | None:
     """``launcher.c`` compiled and loaded; None, and a warning, where that cannot be. The file is gone once loaded."""
@@ -91,9 +110,8 @@ def library() -> ctypes.PyDLL | None:
             return None
         loaded = ctypes.PyDLL(file)
     loaded.launcher_new.restype, loaded.launcher_new.argtypes = ctypes.py_object, [ctypes.py_object] * 2
-    loaded.launcher_plan_bytes.restype = ctypes.c_int64
-    if loaded.launcher_plan_bytes() != ctypes.sizeof(_Plan):
-        raise AssertionError(f"{source.name} and {__name__} differ in the layout of a plan")
+    if (loaded.launcher_plan_bytes(), loaded.launcher_table_bytes()) != (ctypes.sizeof(_Plan), _Table.plans.offset):
+        raise AssertionError(f"{source.name} and {__name__} differ in the layout of a plan or a table")
     return loaded
 
 
@@ -144,52 +162,89 @@ def _watches() -> list[Watch]:
     ]
 
 
-def launcher(
-    function: Any,
-    weights: Sequence[tuple[Any, Any]],
-    shape: tuple[int, ...],
-    dtype: Any,
-    device: Any,
-    k: int,
-    max_ctas: int,
-    watches: Sequence[Watch] = (),
-) -> Launch | None:
-    """``launch(x, bias) -> y`` for an x [..., k] and a y of ``shape``, or None where that cannot be had.
+def _data_type(dtype: Any) -> int:
+    """A DLDataType of one lane, as a number."""
+    code, bits = _DTYPES[str(dtype).removeprefix("torch.")]
+    return code | bits << 8 | 1 << 16
 
-    A call gives None where torch has to see it (an operator, a mode, a gradient), or where ``function`` refuses what it
-    is given: type, alignment, strides or device of x or bias.
 
-    Args:
-        function: a ``tvm_ffi.Function`` of x (rows, k), codes, scales, alpha, bias or None, y (rows, n), max_ctas.
-        weights: codes, scales and alpha, each as the tensor whose address is read at each call, and as a tensor that
-            tells type, shape and strides.
-        dtype, device: of y.
-        watches: what else must hold for the launch to be used.
+class Launcher:
+    """Launches of one weight.
+
+    Attributes:
+        launch: a builtin function, ``launch(x, bias, activation, overlap) -> y``. It gives NotImplemented if nothing
+            was :meth:`add`-ed for such a call; and None where torch has to see the call (an operator, a mode, a
+            gradient), or where the kernel refuses what it is given: alignment, strides or device of x or bias.
     """
-    import torch
-    from torch._C._dynamo import guards
 
-    loaded, api = library(), _torch_api()
-    if loaded is None or api is None:
-        return None
-    rows, n = torch.Size(shape[:-1]).numel(), shape[-1]
-    plan = _Plan(torch=api, function=function.__chandle__(), rows=rows, k=k, max_ctas=max_ctas, **_tvm_ffi()[1])
-    plan.tensor_types[:] = torch.Tensor, torch.nn.Parameter
-    for i, (watch, attribute, quiet) in enumerate((*_watches(), *watches)):
-        plan.watches[i], plan.quiet[i] = watch, quiet
-        if attribute is not None:
-            plan.attributes[i] = sys.intern(attribute)
-    plan.is_grad_enabled, plan.requires_grad = torch.is_grad_enabled, "requires_grad"
-    # How Inductor's code allocates: torch.empty takes 1.8 us longer.
-    plan.empty = getattr(guards, f"_empty_strided_{device.type}")
-    plan.empty_arguments = (shape, torch.empty(shape, device="meta").stride(), dtype)
-    plan.empty_elsewhere = functools.partial(torch.empty, shape, dtype=dtype, device=device)
-    plan.weights[:] = [tensor for tensor, _ in weights]
-    views = {CODES + i: view for i, (_, view) in enumerate(weights)}
-    for index, view in (views | {Y: torch.empty(rows, n, dtype=dtype, device="meta")}).items():
-        tensor, rank = plan.tensors[index], view.ndim
-        plan.shapes[index][:rank], plan.strides[index][:rank] = view.shape, view.stride()
-        tensor.shape, tensor.strides = ctypes.addressof(plan.shapes[index]), ctypes.addressof(plan.strides[index])
-        code, bits = _DTYPES[str(view.dtype).removeprefix("torch.")]
-        tensor.ndim, tensor.dtype = rank, code | bits << 8 | 1 << 16  # one lane
-    return loaded.launcher_new(ctypes.addressof(plan), (plan, function))
+    def __init__(self) -> None:
+        import torch
+
+        loaded = library()
+        assert loaded is not None, "ask available() first"
+        self._table, self._plans = _Table(torch=_torch_api()), list[_Plan]()
+        self._table.tensor_types[:] = torch.Tensor, torch.nn.Parameter
+        self.launch = loaded.launcher_new(ctypes.addressof(self._table), (self._table, self._plans))
+
+    @staticmethod
+    def available() -> bool:
+        """Whether there is a compiler and all that is wanted of torch; a warning says what is missing."""
+        return library() is not None and _torch_api() is not None
+
+    def add(
+        self,
+        function: Any,
+        weights: Sequence[tuple[Any, Any]],
+        x: Any,
+        bias: Any | None,
+        activation: str | None,
+        overlap: str,
+        max_ctas: int,
+        watches: Sequence[Watch] = (),
+    ) -> None:
+        """Calls with an x and a bias like these will launch ``function``; y has x's dtype and device.
+
+        Args:
+            function: a ``tvm_ffi.Function`` of x (rows, K), codes, scales, alpha, bias or None, y (rows, N), max_ctas.
+            weights: codes, scales and alpha (L, N), each as the tensor whose address is read at each call, and as a
+                tensor that tells type, shape and strides.
+            watches: what else must hold for the launch to be used.
+        """
+        import torch
+        from torch._C._dynamo import guards
+
+        *outer, k = x.shape
+        rows, n = torch.Size(outer).numel(), weights[-1][1].shape[-1]
+        shape, y = (*outer, n), torch.empty(rows, n, dtype=x.dtype, device="meta")
+        plan = _Plan(torch=_torch_api(), function=function.__chandle__(), rows=rows, k=k, max_ctas=max_ctas)
+        for field, address in _tvm_ffi()[1].items():
+            setattr(plan, field, address)
+        plan.owner, plan.activation, plan.overlap = id(plan), activation, overlap
+        plan.rank, plan.shape[: x.ndim] = x.ndim, x.shape
+        plan.bias_type = -1 if bias is None else _data_type(bias.dtype)
+        for i, (watch, attribute, quiet) in enumerate((*_watches(), *watches)):
+            plan.watches[i], plan.quiet[i] = watch, quiet
+            if attribute is not None:
+                plan.attributes[i] = sys.intern(attribute)
+        plan.is_grad_enabled, plan.requires_grad = torch.is_grad_enabled, "requires_grad"
+        # How Inductor's code allocates: torch.empty takes 1.8 us longer.
+        plan.empty = getattr(guards, f"_empty_strided_{x.device.type}")
+        plan.empty_arguments = (shape, torch.empty(shape, device="meta").stride(), x.dtype)
+        plan.empty_elsewhere = functools.partial(torch.empty, shape, dtype=x.dtype, device=x.device)
+        plan.weights[:] = [tensor for tensor, _ in weights]
+        for index, view in ({CODES + i: view for i, (_, view) in enumerate(weights)} | {Y: y}).items():
+            tensor, rank = plan.tensors[index], view.ndim
+            plan.shapes[index][:rank], plan.strides[index][:rank] = view.shape, view.stride()
+            tensor.shape, tensor.strides = ctypes.addressof(plan.shapes[index]), ctypes.addressof(plan.strides[index])
+            tensor.ndim, tensor.dtype = rank, _data_type(view.dtype)
+        plan.function_object = function  # whose handle it has
+        if len(self._plans) == MOST_PLANS:
+            self.clear()
+        self._plans.append(plan)
+        self._table.plans[self._table.count] = ctypes.addressof(plan)
+        self._table.count += 1
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self._table.count = 0
+        self._plans.clear()

@@ -60,7 +60,7 @@ def test_host_time_of_a_warm_call(weight, capsys):
     nv.linear(x, weight)
     kernel = dispatch.linear_kernel(dispatch.linear_spec(4096, 4096, x.dtype, None), 1, weight, "sm_90a")
     function, operands, sms = kernel.function, dispatch.linear_operands(weight), dispatch.sm_count(x.device)
-    launch = vars(weight)[eager.ATTRIBUTE][x.shape, None, None, "weights"]
+    launch = getattr(weight, eager.LAUNCH)
     whole = {
         "linear": host_us(lambda: nv.linear(x, weight)),
         "linear with bias": host_us(lambda: nv.linear(x, weight, bias)),
@@ -69,7 +69,7 @@ def test_host_time_of_a_warm_call(weight, capsys):
         whole["linear in inference mode"] = host_us(lambda: nv.linear(x, weight))
     whole["linear of [1, 1, K]"] = host_us(lambda: nv.linear(one, weight))
     rows = whole | {
-        "its part in C": host_us(lambda: launch(x, None)),
+        "its part in C": host_us(lambda: launch(x, None, None, "weights")),
         "the operator": host_us(lambda: operator(x, weight), samples=1000),
         "the compiled function through tvm-ffi": host_us(lambda: function(x, *operands, None, y, sms)),
         "torch.empty": host_us(lambda: torch.empty((1, 4096), dtype=torch.bfloat16, device=x.device)),

@@ -13,7 +13,7 @@ import tvm_ffi
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvfp4dsl.jit.launcher import launcher
+from nvfp4dsl.jit.launcher import MOST_PLANS, Launcher
 
 ROWS, K, N = 6, 32, 8
 
@@ -48,15 +48,29 @@ def kernel():
     return Kernel()
 
 
-def make(kernel, shape=(ROWS, N), **options):
+def add(launcher, kernel, x, bias=None, activation=None, overlap="weights", **options):
     codes = torch.randint(0, 9, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     alpha = torch.tensor(0.5)
     weights = [(codes, codes.view(1, N, K)), (codes, codes.view(1, N, K)), (alpha, alpha.expand(1, N))]
-    launch = launcher(
-        kernel.function, weights, shape, torch.bfloat16, torch.device("cpu"), k=K, max_ctas=132, **options
-    )
-    assert launch is not None
-    return launch, codes, alpha
+    launcher.add(kernel.function, weights, x, bias, activation, overlap, max_ctas=132, **options)
+    return codes, alpha
+
+
+def make(kernel, *shape, **options):
+    """A launch for x of ``shape`` with no bias, one of bf16 and one of fp32; codes; alpha."""
+    launcher, x = Launcher(), random(*(shape or (ROWS, K)))
+    launch = launcher.launch
+    biases = [None, random(N), random(N).float()]
+    weights = [add(launcher, kernel, x, bias, **options) for bias in biases]
+    codes, alpha = weights[0]
+
+    def call(x, bias=None):
+        for other_codes, other_alpha in weights[1:]:  # the three are one weight
+            other_codes.data, other_alpha.data = codes, alpha
+        return launch(x, bias, None, "weights")
+
+    call.launch, call.weights = launch, weights
+    return call, codes, alpha
 
 
 def random(*shape):
@@ -73,7 +87,7 @@ def expected(x, codes, alpha, bias=None):
     ids=lambda x: f"{tuple(x.shape)}, strides {x.stride()}",
 )
 def test_an_x_of_any_rank_is_handed_over_as_a_matrix(kernel, x):
-    launch, codes, alpha = make(kernel, (*x.shape[:-1], N))
+    launch, codes, alpha = make(kernel, *x.shape)
     for bias in (None, random(N), torch.nn.Parameter(random(N).float(), requires_grad=False)):
         y = launch(x, bias)
         assert y.shape == (*x.shape[:-1], N)
@@ -91,7 +105,7 @@ def test_an_x_of_any_rank_is_handed_over_as_a_matrix(kernel, x):
 
 def test_one_row_and_a_vector(kernel):
     for x in (random(1, K), random(K), random(1, 1, K)):
-        launch, codes, alpha = make(kernel, (*x.shape[:-1], N))
+        launch, codes, alpha = make(kernel, *x.shape)
         assert torch.equal(launch(x, None), expected(x, codes, alpha))
 
 
@@ -112,8 +126,30 @@ def test_what_is_written_in_place_or_moved_is_seen(kernel):
 )
 def test_what_does_not_fit_is_not_handed_over(kernel, x):
     launch, _, _ = make(kernel)
-    assert launch(x, None) is None
+    assert launch(x, None) in (None, NotImplemented)
     assert kernel.calls == []
+
+
+def test_the_plan_of_the_call_is_found(kernel):
+    """By x's shape, the bias' type and both arguments; the others are not disturbed."""
+    launcher, calls = Launcher(), []
+    xs = [random(m, K) for m in range(1, 6)] + [random(1, m, K) for m in range(1, 4)]
+    for x in xs:
+        for bias, activation, overlap in [(None, None, "weights"), (random(N), "bf16", "none")]:
+            calls.append((x, bias, activation, overlap, *add(launcher, kernel, x, bias, activation, overlap)))
+    assert len(calls) < MOST_PLANS
+    for _ in range(2):
+        for x, bias, activation, overlap, codes, alpha in reversed(calls):
+            assert torch.equal(launcher.launch(x, bias, activation, "".join(overlap)), expected(x, codes, alpha, bias))
+            assert launcher.launch(x, bias, activation, "launch") is NotImplemented
+    assert launcher.launch(random(6, K), None, None, "weights") is NotImplemented
+    assert launcher.launch(xs[0], random(N).float(), "bf16", "none") is NotImplemented
+    x = random(9, K)
+    while launcher.launch(xs[0], None, None, "weights") is not NotImplemented:  # until there are too many
+        add(launcher, kernel, x)
+    assert launcher.launch(x, None, None, "weights") is not NotImplemented
+    launcher.clear()
+    assert launcher.launch(x, None, None, "weights") is NotImplemented
 
 
 def test_what_the_kernel_refuses_is_tried_once_more_elsewhere(kernel):
@@ -180,23 +216,27 @@ def test_a_watch_of_ones_own(kernel):
 
 
 def test_nothing_is_leaked(kernel):
-    launch, codes, _ = make(kernel)
-    x, bias = random(ROWS, K), random(N)
-    launch(x, bias), launch(None, bias)
-    kernel.calls.clear()
-    counted = [x, bias, codes, torch.Tensor, torch.nn.Parameter, launch]
+    launcher, x, bias = Launcher(), random(ROWS, K), random(N)
+    codes, _ = add(launcher, kernel, x, bias)
+    add(launcher, kernel, x)
+    calls = [(x, bias), (random(ROWS, 3), None), (None, bias), (x, None)]
+
+    def exercise(launch):
+        for given in calls:
+            kernel.refuse = 2 if given[1] is None else 0
+            launch(*given, None, "weights")
+        kernel.calls.clear()
+
+    launch = launcher.launch
+    exercise(launch)
     gc.collect()
+    counted = [x, bias, codes, torch.Tensor, torch.nn.Parameter, launch, None, NotImplemented, *launcher._plans]
     before = [sys.getrefcount(o) for o in counted]
     for _ in range(100):
-        launch(x, bias)
-        launch(random(ROWS, 3), None)
-        launch(None, bias)
-        kernel.refuse = 2
-        launch(x, None)
-    kernel.calls.clear()
+        exercise(launch)
     gc.collect()
-    assert [sys.getrefcount(o) for o in counted] == before
+    after = [sys.getrefcount(o) for o in counted]
+    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 50  # None comes and goes
     held = sys.getrefcount(codes)
-    del launch, counted
-    gc.collect()
+    del launch, counted, launcher
     assert sys.getrefcount(codes) < held

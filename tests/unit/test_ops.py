@@ -162,8 +162,8 @@ def test_quantize_defaults_agree_with_the_reference():
 
 def test_warmup_compiles_what_a_call_will_need(caplog):
     caplog.set_level("INFO", logger="nvfp4dsl")
+    weight = nv.prepare(nv.quantize(_random(40, 256, seed=1)), "sm_90a")
     with nv.emulate("sm_90a") as emulation:
-        weight = nv.quantize(_random(40, 256, seed=1))
         kernels = nv.warmup([weight, (24, 512)], [1, 2, 16])
         assert "2 of 2 kernels" in caplog.text
         assert nv.warmup(weight, 1) == kernels[:1]
@@ -192,7 +192,7 @@ def test_how_far_a_kernel_runs_ahead_is_checked_and_changes_no_value():
 
 def test_copies_have_no_remembered_calls():
     weight = nv.quantize(_random(9, 64))
-    weight.__dict__["_launches"] = {"x": lambda: None}
+    weight.__dict__["_launch"] = lambda *args: None
     for other in (copy.copy(weight), copy.deepcopy(weight)):
         assert vars(other).keys() == vars(nv.quantize(_random(9, 64))).keys()
         assert bits_differing(nv.dequantize(other), nv.dequantize(weight)) == 0
