@@ -61,6 +61,7 @@ class TileConfig:
         stages: buffers of the load ring; None takes as many as fit.
         split: CTAs of a thread-block cluster that share a tile's K.
         pingpong: two groups of MMA warps take turns, each with a tile of its own; otherwise all work on one tile.
+        multicast: CTAs of a cluster, neighbours along N, each of which loads a part of the tokens for all.
     """
 
     m: int = 128
@@ -69,25 +70,30 @@ class TileConfig:
     stages: int | None = None
     split: int = 1
     pingpong: bool = False
+    multicast: int = 1
 
-    _TEXT: ClassVar[re.Pattern[str]] = re.compile(r"(\d+)x(\d+)x(\d+)(?:x(\d+))?(?:/(\d+))?(-pingpong)?")
+    _TEXT: ClassVar[re.Pattern[str]] = re.compile(
+        r"(\d+)x(\d+)x(\d+)(?:x(\d+))?(?:/(\d+))?(-pingpong)?(?:-multicast(\d+))?"
+    )
 
     @classmethod
     def parse(cls, text: str) -> TileConfig:
-        """``"128x128x256"``; then, each optional, ``x`` stages, ``/`` split and ``-pingpong``: ``"64x128x64x4/2"``."""
+        """``"128x128x256"``; then, each optional, ``x`` stages, ``/`` split, ``-pingpong`` and ``-multicast`` CTAs:
+        ``"64x128x64x4/2"``, ``"64x128x128-multicast2"``."""
         match = cls._TEXT.fullmatch(text.lower().strip())
         if match is None:
             raise TileError(
-                f"cannot read tile {text!r}; write MxNxK, then xSTAGES, /SPLIT and -pingpong as needed, "
-                "e.g. 128x128x128, 64x128x64x4/2"
+                f"cannot read tile {text!r}; write MxNxK, then xSTAGES, /SPLIT, -pingpong and -multicastCTAS "
+                "as needed, e.g. 128x128x128, 64x128x64x4/2"
             )
         m, n, k = (int(number) for number in match.groups()[:3])
         stages, split = (int(number) if number else None for number in match.groups()[3:5])
-        return cls(m, n, k, stages, split or 1, bool(match[6]))
+        return cls(m, n, k, stages, split or 1, bool(match[6]), int(match[7] or 1))
 
     def __str__(self) -> str:
         text = "x".join(str(v) for v in (self.m, self.n, self.k, self.stages) if v is not None)
-        return text + (f"/{self.split}" if self.split != 1 else "") + ("-pingpong" if self.pingpong else "")
+        text += (f"/{self.split}" if self.split != 1 else "") + ("-pingpong" if self.pingpong else "")
+        return text + (f"-multicast{self.multicast}" if self.multicast != 1 else "")
 
 
 @dataclass(frozen=True)
@@ -165,9 +171,10 @@ def extent_reasons(
     k: tuple[int, ...],
     split: tuple[int, ...] = (1,),
     pingpong: tuple[bool, ...] = (False,),
+    multicast: tuple[int, ...] = (1,),
 ) -> list[str]:
     """A sentence for each value of a tile that is not among those a kernel family offers."""
-    offered = {"m": m, "n": n, "k": k, "split": split, "pingpong": pingpong}
+    offered = {"m": m, "n": n, "k": k, "split": split, "pingpong": pingpong, "multicast": multicast}
     return [
         f"{name.upper() if len(name) == 1 else name}={getattr(tile, name)}: allowed are {', '.join(map(str, allowed))}"
         for name, allowed in offered.items()

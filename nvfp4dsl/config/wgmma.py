@@ -7,6 +7,7 @@ warpgroup owns one or two blocks of 64 rows and all tokens of the tile.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 from nvfp4dsl.config.spec import (
@@ -25,7 +26,14 @@ from nvfp4dsl.config.spec import (
     extent_reasons,
     total_bytes,
 )
-from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_ROWS, FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES
+from nvfp4dsl.layouts import (
+    FRAGMENT_K,
+    FRAGMENT_ROWS,
+    FRAGMENT_SCALE_BYTES,
+    FRAGMENT_STEP_BYTES,
+    ceil_div,
+    round_up,
+)
 from nvfp4dsl.targets import Target
 
 #: rows of one wgmma, threads that issue it together, and warpgroups that multiply: two, which take turns at the tensor
@@ -40,36 +48,60 @@ REGISTERS = {1: (232, 40), 2: (112, 32)}
 #: most tokens for which two groups share K: their accumulators must leave room for fragments. With few tokens a unit's
 #: latency is what costs, and more warps hide it.
 MAX_SHARED_TOKENS = 64
-SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
+SPLITS, MULTICASTS = (1, 2, 3, 4, 5, 6, 7, 8), (1, 2)
 #: what dispatch chooses from, split as :func:`choose` says; the first is the default.
 TILES = (
     TileConfig(64, 128, 128),
     TileConfig(16, 128, 128),
     TileConfig(32, 128, 128),
-    TileConfig(128, 128, 64),
-    TileConfig(128, 256, 64),
+    TileConfig(96, 128, 128),
+    TileConfig(128, 128, 128),
+    TileConfig(192, 128, 64),
     TileConfig(256, 128, 64),
 )
+#: most tokens of a tile whose K :func:`choose` splits: beyond, adding the sums takes longer than it saves.
+MAX_SPLIT_TOKENS = 128
+#: H200, microseconds a step of 64 k and 128 rows, by tokens (docs/measured.md).
+STEP_US = {16: 0.150, 32: 0.165, 64: 0.195, 96: 0.245, 128: 0.305, 192: 0.430, 256: 0.600}
+#: H200, CTAs that run at a time, of 132, by the size of their clusters: not every group of SMs is a multiple of it.
+RESIDENT = {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120}
+#: H200, bytes a microsecond from L2 to all SMs.
+L2_BYTES_PER_US = 7.2e6
+
+
+#: of the CTAs that :func:`choose` lets load tokens for each other. More are legal, and not measured yet.
+CHOSEN_MULTICASTS = (1,)
+
+
+def estimate_us(tile: TileConfig, m: int, n: int, k: int, sms: int) -> float:
+    """A model of the time for ``m`` tokens and an ``n`` x ``k`` weight on ``sms`` multiprocessors of an H200.
+
+    Rounds of CTAs, each as long as its k steps and its outputs take; or the reads of weights and tokens from L2. Good
+    to a tenth or so, which is what choosing among tiles needs. Clusters that split K must all run at once: infinite
+    where they do not.
+    """
+    row_tiles = round_up(ceil_div(n, tile.n), tile.multicast)
+    tiles, cluster = ceil_div(m, tile.m) * row_tiles, tile.split * tile.multicast
+    at_a_time = max(1, RESIDENT[cluster] * sms // RESIDENT[1] // cluster) * tile.multicast
+    if tile.split > 1 and tiles > at_a_time:
+        return math.inf
+    steps = ceil_div(k, tile.k * tile.split) * (tile.k // FRAGMENT_K)
+    outputs = tile.m * tile.n / 16384
+    round_us = steps * STEP_US[tile.m] + 1.2 + 1.1 * outputs + (0.6 * (1 + outputs) if tile.split > 1 else 0)
+    read_us = tiles * k * (tile.n * 9 / 16 + tile.m * 2 / tile.multicast) / L2_BYTES_PER_US
+    return 2.2 + max(ceil_div(tiles, at_a_time) * round_us, read_us + 1.5)
 
 
 def choose(m: int, n: int, k: int, sms: int) -> TileConfig:
-    """The tile for ``m`` tokens, an ``n`` x ``k`` weight and a device of ``sms`` multiprocessors.
-
-    A model of the time: rounds of CTAs, each as long as its k steps (the tensor core's cycles, or what decoding takes
-    where tokens are few) and a fixed part that grows with its outputs. Constants are fits to the H200
-    (docs/measured.md).
-    """
-
-    def cycles(tile: TileConfig) -> float:
-        tiles = -(-m // tile.m) * -(-n // tile.n)
-        rounds = -(-tiles * tile.split // sms)
-        steps = -(-k // tile.k // tile.split) * (tile.k // FRAGMENT_K)
-        step = max(tile.m * tile.n // 32, 290) * 1.05
-        fixed = 3000 + tile.m * tile.n // 8 + (1200 if tile.split > 1 else 0)
-        return rounds * (steps * step + fixed)
-
-    splittable = (tile for tile in TILES if tile.n == 128 and tile.m <= 128)
-    return min((*TILES, *(replace(tile, split=split) for tile in splittable for split in SPLITS[1:])), key=cycles)
+    """The tile, and into how many parts K is split, with the least estimated time."""
+    candidates = (
+        replace(tile, split=split, multicast=multicast)
+        for tile in TILES
+        for split in (SPLITS if tile.m <= MAX_SPLIT_TOKENS else SPLITS[:1])
+        for multicast in CHOSEN_MULTICASTS
+        if split * multicast in RESIDENT
+    )
+    return min(candidates, key=lambda tile: estimate_us(tile, m, n, k, sms))
 
 
 def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:
@@ -120,10 +152,14 @@ def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: 
 
 def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     """Why the tile cannot be built; see :func:`nvfp4dsl.config.legal`."""
-    splits = tuple(split for split in SPLITS if split <= target.max_cluster)
-    reasons = extent_reasons(tile, TILE_M, TILE_N, TILE_K, splits)
+    reasons = extent_reasons(tile, TILE_M, TILE_N, TILE_K, SPLITS, multicast=MULTICASTS)
     if reasons:
         return reasons
+    if tile.split * tile.multicast > target.max_cluster:
+        reasons.append(
+            f"split {tile.split} x multicast {tile.multicast} takes clusters of {tile.split * tile.multicast} CTAs; "
+            f"{target.name} has at most {target.max_cluster}"
+        )
     registers = tile.m // 2 * row_blocks(tile)
     if registers > MAX_ACCUMULATORS:
         reasons.append(

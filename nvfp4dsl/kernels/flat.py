@@ -33,7 +33,16 @@ class FlatRows:
         stream,
     ):
         batch = codes.shape[0]
-        self.gemm(unflatten(x, batch, ALIGNED_X), codes, scales, alpha, bias, unflatten(y, batch, self.y_divisor), max_ctas, stream)
+        self.gemm(
+            unflatten(x, batch, ALIGNED_X),
+            codes,
+            scales,
+            alpha,
+            bias,
+            unflatten(y, batch, self.y_divisor),
+            max_ctas,
+            stream,
+        )
 
 
 def unflatten(t: cute.Tensor, batch: Int32, divisor: int) -> cute.Tensor:

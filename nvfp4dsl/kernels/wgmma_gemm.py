@@ -1,11 +1,11 @@
 """The W4A16 GEMM for more than a few tokens on sm_90a: operands swapped, weights decoded on their way to wgmma."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int16, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import FLOAT_BYTES, Plan
@@ -26,7 +26,6 @@ from nvfp4dsl.kernels.instructions import (
     fma,
     load_cluster_v4,
     load_shared_f32,
-
     pack_half2,
     shared_address,
     stmatrix,
@@ -66,14 +65,17 @@ class WgmmaGemm:
     barrier               count   arrivals a phase
     ====================  ======  ================================================================
     full[stage]           stages  3 (each producer, with its stream's bytes), completed by TMA
-    empty[stage]          stages  8 (one lane of each warp of the group that read it)
+    empty[stage]          stages  8 (one lane of each warp of the group that read it), of each CTA of a multicast
     named barrier 1, 2    2       128 threads: a warpgroup around each use of its store buffer
     named barrier 5       1       all consumers: around the exchange of partial sums
-    cluster               1       all CTAs that share K: partial sums are written; have been read
+    cluster               1       barriers are there; partial sums are written; nobody reads or arrives here any more
     ====================  ======  ================================================================
 
     One warp would not keep up where tokens are few: it takes a hundred cycles or so to issue a copy. Launched with
     programmatic dependent launch, weights are requested before ``griddepcontrol.wait``.
+
+    With multicast, neighbours along the weight's rows form a cluster; each loads a part of the tokens, for all of them.
+    Tokens are then read from L2 half as often, which is what limits tiles of many.
 
     Call arguments: ``x`` (L, M, K) bf16, K contiguous, rows on 16 bytes; ``codes`` (L, N/16, K/64, 512) u8; ``scales``
     (L, N/16, K/64, 64) u8; ``alpha`` (L, N) fp32; ``bias`` (N) or None; ``y`` (L, M, N); ``max_ctas``.
@@ -96,9 +98,12 @@ class WgmmaGemm:
     ):
         plan, tile = self.plan, self.plan.tile
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        load_x = cpasync.CopyBulkTensorTileG2SMulticastOp() if tile.multicast > 1 else load
         layouts = self._smem_layouts()
         mX, mY = _batch_last(x), _batch_last(y)
-        tma_x = cpasync.make_tiled_tma_atom(load, mX, cute.select(layouts["a"], [0, 1]), (tile.m, FRAGMENT_K))
+        tma_x = cpasync.make_tiled_tma_atom(
+            load_x, mX, cute.select(layouts["x_box"], [0, 1]), (tile.m // tile.multicast, FRAGMENT_K)
+        )
         tma = [
             cpasync.make_tiled_tma_atom(load, _words(t), cute.select(layouts[name], [0, 1]), self._box(name))
             for name, t in (("b", codes), ("sfb", scales))
@@ -107,14 +112,14 @@ class WgmmaGemm:
         if cutlass.const_expr(plan.spec.aligned_rows and tile.split == 1):
             box = store_tokens(plan.spec, tile), STORE_ROW_BYTES // FLOAT_BYTES[plan.spec.out_dtype]
             tma_y, mY_tma = cpasync.make_tiled_tma_atom(store, mY, cute.select(layouts["c"], [0, 1]), box)
-        schedule = PersistentSchedule(plan, mY, max_ctas)
-        ctas = schedule.tiles * tile.split
+        schedule = ClusterSchedule(plan, mY, max_ctas, Int32(0))
+        clusters, cluster = schedule.tiles, tile.split * tile.multicast
         if cutlass.const_expr(tile.split == 1):
-            ctas = cutlass.min(ctas, max_ctas)
+            clusters = cutlass.min(clusters, cutlass.max(max_ctas // cluster, 1))
         self.kernel(*tma_x, *tma[0], *tma[1], tma_y, mY_tma, mY, alpha, bias, codes.shape[2]).launch(
-            grid=[ctas, 1, 1],
+            grid=[clusters * cluster, 1, 1],
             block=[plan.threads, 1, 1],
-            cluster=[tile.split, 1, 1] if tile.split > 1 else None,
+            cluster=[cluster, 1, 1] if cluster > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=plan.spec.pdl,
@@ -147,13 +152,15 @@ class WgmmaGemm:
                     cpasync.prefetch_descriptor(atom)
 
         smem, layouts = self._allocate(), self._smem_layouts()
-        ring = Ring(plan, smem["barriers"], lane)
+        cluster = tile.split * tile.multicast
+        ctas, rank = cute.arch.grid_dim()[0], cute.arch.block_idx()[0] % cluster
+        first, stride = cute.arch.block_idx()[0] // cluster, ctas // cluster
+        part, share = rank % tile.multicast, rank // tile.multicast
+        ring = Ring(plan, smem["barriers"], lane, rank - part)
         ring.init(warp)
-        first, stride, share = cute.arch.block_idx()[0], cute.arch.grid_dim()[0], Int32(0)
-        schedule = PersistentSchedule(plan, mY, stride)
+        schedule = ClusterSchedule(plan, mY, ctas, part)
         if cutlass.const_expr(tile.split > 1):
-            share = first % tile.split
-            first, stride = first // tile.split, schedule.tiles
+            stride = schedule.tiles
         turn = stages_a_turn(plan)
         turns = cute.ceil_div(steps * FRAGMENT_K, tile.k * turn)
         k_range = turns * share // tile.split * turn, turns * (share + 1) // tile.split * turn
@@ -163,11 +170,14 @@ class WgmmaGemm:
             streams = [
                 Stream(tma_codes, mCodes, cute.make_tensor(smem["b"], layouts["b"]), self._box("b")),
                 Stream(tma_scales, mScales, cute.make_tensor(smem["sfb"], layouts["sfb"]), self._box("sfb")),
-                Stream(tma_x, mX, sX, (tile.m, FRAGMENT_K)),
+                Stream(
+                    tma_x, mX, _swizzled_tensor(smem["a"], layouts["x_box"]), (tile.m // tile.multicast, FRAGMENT_K)
+                ),
             ]
             for i in cutlass.range_constexpr(len(streams)):
                 if warp == consumer_warps + i:
-                    Producer(plan, schedule, ring, streams[i], i == len(streams) - 1).run(first, stride, *k_range)
+                    tokens = i == len(streams) - 1
+                    Producer(plan, schedule, ring, streams[i], tokens, part).run(first, stride, *k_range)
         else:
             cute.arch.setmaxregister_increase(plan.registers[0])
             mainloop = WgmmaMainloop(plan)
@@ -176,7 +186,7 @@ class WgmmaGemm:
             if cutlass.const_expr(plan.spec.aligned_rows and tile.split == 1):
                 outputs.bind_store(tma_y, mY_tma, _swizzled_tensor(smem["c"], layouts["c"]))
             partials = shared_address(smem["partials" if "partials" in smem else "a"])
-            sums = PartialSums(plan, partials, outputs, warp, lane, share)
+            sums = PartialSums(plan, partials, outputs, warp, lane, part, share)
             Consumer(plan, schedule, ring, mainloop, sums, outputs, warp).run(
                 first, stride, *k_range, shared_address(smem["b"]), shared_address(smem["sfb"])
             )
@@ -194,6 +204,7 @@ class WgmmaGemm:
         spans = WGMMA_M * out_bytes // STORE_ROW_BYTES
         return {
             "a": token_tile_layout(tile.m, plan.stages * (tile.k // FRAGMENT_K)),
+            "x_box": token_tile_layout(tile.m // tile.multicast, plan.stages * (tile.k // FRAGMENT_K) * tile.multicast),
             "b": cute.make_layout((*self._box("b"), plan.stages)),
             "sfb": cute.make_layout((*self._box("sfb"), plan.stages)),
             "c": tile_layout(tokens, STORE_ROW_BYTES, CONSUMERS * plan.epilogue_stages * spans, out_bytes),
@@ -222,11 +233,29 @@ def stages_a_turn(plan: Plan) -> int:
     return 2 if units == 1 else 1
 
 
-class Ring:
-    """The stages' barriers."""
+class ClusterSchedule:
+    """Round-robin of clusters over tiles; those of a multicast take neighbouring rows of the weight.
 
-    def __init__(self, plan: Plan, barriers: cute.Pointer, lane: Int32):
-        self.plan, self.lane = plan, lane
+    A CTA past the last row works on zeros, which its neighbours' tokens need as little as anybody its outputs.
+    """
+
+    def __init__(self, plan: Plan, mY: cute.Tensor, ctas: Int32, part: Int32):
+        self.multicast, self.part = plan.tile.multicast, part
+        wide = replace(plan, tile=replace(plan.tile, n=plan.tile.n * self.multicast))
+        self.clusters = PersistentSchedule(wide, mY, ctas)
+        self.tiles = self.clusters.tiles
+
+    def coord(self, index: Int32) -> TileCoord:
+        """This CTA's coordinates of its cluster's tile with linear ``index``."""
+        coord = self.clusters.coord(index)
+        return TileCoord(coord.m * self.multicast + self.part, coord.n, coord.batch)
+
+
+class Ring:
+    """The stages' barriers. ``first_rank``: in the cluster, of the CTAs that load tokens for each other."""
+
+    def __init__(self, plan: Plan, barriers: cute.Pointer, lane: Int32, first_rank: Int32):
+        self.plan, self.lane, self.first_rank = plan, lane, first_rank
         self.full, self.empty = barriers, barriers + plan.stages
 
     @cute.jit
@@ -234,16 +263,28 @@ class Ring:
         if warp == 0 and self.lane == 0:
             for stage in cutlass.range_constexpr(self.plan.stages):
                 cute.arch.mbarrier_init(self.full + stage, PRODUCERS)
-                cute.arch.mbarrier_init(self.empty + stage, GROUP_WARPS)
+                cute.arch.mbarrier_init(self.empty + stage, GROUP_WARPS * self.plan.tile.multicast)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        if cutlass.const_expr(self.plan.tile.multicast > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
     def slot(self, count: Int32) -> tuple[Int32, Int32]:
         """Stage and phase of the ``count``-th filling since the kernel began."""
         return count % self.plan.stages, count // self.plan.stages & 1
 
-    def wait_full(self, count: Int32) -> None:
-        stage, phase = self.slot(count)
+    @cute.jit
+    def advance(self, stage: Int32, phase: Int32, by: cutlass.Constexpr[int]):
+        """Stage and phase ``by`` fillings on."""
+        stage += by
+        if stage >= self.plan.stages:
+            stage -= self.plan.stages
+            phase ^= 1
+        return stage, phase
+
+    def wait_full(self, stage: Int32, phase: Int32) -> None:
         cute.arch.mbarrier_wait(self.full + stage, phase)
 
     @cute.jit
@@ -255,13 +296,16 @@ class Ring:
             cute.arch.mbarrier_arrive_and_expect_tx(full, size)
 
     @cute.jit
-    def release(self, count: Int32, condition):
-        """A consumer warp: this filling has been read, if ``condition``."""
-        # one lane arrives for the warp, so the other lanes' reads must be done
+    def release(self, stage: Int32, condition):
+        """A consumer warp: this stage has been read, if ``condition``."""
+        # lanes arrive for the warp, one at each CTA that may fill it, so the other lanes' reads must be done
         cute.arch.sync_warp()
-        empty = self.empty + self.slot(count)[0]
-        if self.lane == 0 and condition:
-            cute.arch.mbarrier_arrive(empty)
+        empty, peer = self.empty + stage, self.first_rank + self.lane
+        if self.lane < self.plan.tile.multicast and condition:
+            if cutlass.const_expr(self.plan.tile.multicast > 1):
+                cute.arch.mbarrier_arrive(empty, peer)
+            else:
+                cute.arch.mbarrier_arrive(empty)
 
 
 @dataclass(frozen=True)
@@ -285,10 +329,11 @@ class Producer:
     """One warp, one stream. For each tile and k step it waits until a stage is empty, announces the bytes to come, and
     issues their TMA loads. What lies outside a tensor arrives as zeros, and zero codes add nothing."""
 
-    def __init__(self, plan: Plan, schedule: PersistentSchedule, ring: Ring, stream: Stream, tokens: bool):
+    def __init__(self, plan: Plan, schedule, ring: Ring, stream: Stream, tokens: bool, part: Int32):
         self.plan, self.schedule, self.ring, self.stream, self.tokens = plan, schedule, ring, stream, tokens
+        self.part, self.parts = (part, plan.tile.multicast) if tokens else (Int32(0), 1)
         self.boxes = plan.tile.k // FRAGMENT_K if tokens else 1
-        self.bytes = self.boxes * stream.tiler[0] * stream.tiler[1] * (2 if tokens else 8)
+        self.bytes = self.boxes * self.parts * stream.tiler[0] * stream.tiler[1] * (2 if tokens else 8)
 
     @cute.jit
     def run(self, first: Int32, stride: Int32, k_begin: Int32, k_end: Int32):
@@ -296,6 +341,9 @@ class Producer:
             # What the kernel before wrote may be read, and what it read overwritten, only from here on.
             cute.arch.griddepcontrol_wait()
         tSsS, tSgS = self.stream.partition()
+        options = {}
+        if cutlass.const_expr(self.parts > 1):
+            options["mcast_mask"] = Int16((1 << self.parts) - 1) << Int16(self.ring.first_rank)
         stage, phase = Int32(0), Int32(0)
         for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
             coord = self.schedule.coord(index)
@@ -304,15 +352,12 @@ class Producer:
                 for i in cutlass.range_constexpr(self.boxes):
                     box = k * self.boxes + i
                     if cutlass.const_expr(self.tokens):
-                        source = tSgS[(None, coord.n, box, coord.batch)]
+                        source = tSgS[(None, coord.n * self.parts + self.part, box, coord.batch)]
                     else:
                         source = tSgS[(None, box, coord.m, coord.batch)]
-                    slot = tSsS[(None, stage * self.boxes + i)]
-                    cute.copy(self.stream.atom, source, slot, tma_bar_ptr=self.ring.full + stage)
-                stage += 1
-                if stage == self.plan.stages:
-                    stage = Int32(0)
-                    phase ^= 1
+                    slot = tSsS[(None, (stage * self.boxes + i) * self.parts + self.part)]
+                    cute.copy(self.stream.atom, source, slot, tma_bar_ptr=self.ring.full + stage, **options)
+                stage, phase = self.ring.advance(stage, phase, 1)
 
 
 class Consumer:
@@ -329,22 +374,22 @@ class Consumer:
         size = {field.name: field.bytes // self.plan.stages for field in self.plan.smem}
         turn, groups = stages_a_turn(self.plan), k_groups(self.plan.tile)
         accumulators = self.mainloop.make_accumulators()
-        begun = Int32(0)
+        begun, count = Int32(0), k_end - k_begin
         for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
             self.mainloop.clear(accumulators)
-            last = k_end - k_begin
-            for k in cutlass.range(self.group, last, turn * groups, unroll=1):
+            stage, phase = self.ring.slot(begun + self.group)
+            before = stage
+            for k in cutlass.range(self.group, count, turn * groups, unroll=1):
                 unit = 0
                 for i in cutlass.range_constexpr(turn):
-                    count = begun + k + i
-                    self.ring.wait_full(count)
-                    stage, _ = self.ring.slot(count)
+                    self.ring.wait_full(stage, phase)
                     here = stage, codes + stage * size["b"], scales + stage * size["sfb"]
-                    unit = self._multiply(accumulators, here, unit, count - groups, i > 0 or k >= groups)
+                    unit = self._multiply(accumulators, here, unit, before, i > 0 or k >= groups)
+                    before = stage
+                    stage, phase = self.ring.advance(stage, phase, groups)
             self.mainloop.finish()
-            read = (last - self.group + groups - 1) // groups
-            self.ring.release(begun + self.group + (read - 1) * groups, read > 0)
-            begun += last
+            self.ring.release(before, count > self.group)
+            begun += count
             coord = self.schedule.coord(index)
             self.sums.combine(accumulators)
             if cutlass.const_expr(self.plan.tile.split > 1):
@@ -354,6 +399,10 @@ class Consumer:
         if cutlass.const_expr(self.plan.tile.split == 1):  # noqa: SIM102 (one is static, one dynamic)
             if self.group == 0:
                 self.outputs.finish()
+        if cutlass.const_expr(self.plan.tile.split * self.plan.tile.multicast > 1):
+            # a peer may still read this CTA's sums, or arrive on its barriers
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     def _multiply(self, accumulators, here, unit, before, condition) -> int:
         return self.mainloop.multiply(accumulators, *here, unit, lambda: self.ring.release(before, condition))
@@ -365,9 +414,9 @@ class PartialSums:
     A CTA's sums lie in shared memory as (tokens, rows) of fp32, in rows of :func:`partial_pitch`.
     """
 
-    def __init__(self, plan: Plan, partials: Int32, outputs, warp: Int32, lane: Int32, share: Int32):
+    def __init__(self, plan: Plan, partials: Int32, outputs, warp: Int32, lane: Int32, part: Int32, share: Int32):
         self.plan, self.partials, self.outputs = plan, partials, outputs
-        self.warp, self.lane, self.share = warp, lane, share
+        self.warp, self.lane, self.part, self.share = warp, lane, part, share
         self.warps = k_groups(plan.tile) * GROUP_WARPS
         self.barrier = pipeline.NamedBarrier(barrier_id=CONSUMER_BARRIER, num_threads=self.warps * WARP)
         self.pitch = partial_pitch(plan.tile) * 4
@@ -412,14 +461,11 @@ class PartialSums:
             if i * self.warps + self.warp < tokens and token < tile.m:
                 for rows in cutlass.range_constexpr(0, tile.n, 4 * WARP):
                     address = self.partials + token * self.pitch + (rows + self.lane * 4) * 4
-                    total = list(load_cluster_v4(cluster_address(address, Int32(0))))
+                    total = list(load_cluster_v4(cluster_address(address, self.part)))
                     for peer in cutlass.range_constexpr(1, tile.split):
-                        more = load_cluster_v4(cluster_address(address, Int32(peer)))
+                        more = load_cluster_v4(cluster_address(address, peer * tile.multicast + self.part))
                         total = [total[e] + more[e] for e in range(4)]
                     self.outputs.store_rows(total, coord, token, rows + self.lane * 4)
-        # a peer may still read this CTA's sums
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
 
 
 class TransposedEpilogue:
@@ -547,11 +593,12 @@ class TransposedEpilogue:
         chunk = (self.warp * 2 + self.lane // 8 % 2) ^ row
         address = base + (self.lane // 16 * MMA_N + row) * STORE_ROW_BYTES + chunk * CHUNK
         for j in range(0, self.tokens // MMA_N, 2):
-            words = [
-                pack_half2(*(self._value(accumulators, scaling, first + j + i, half * 2 + e) for e in range(2)), self.dtype)
+            pairs = [
+                [self._value(accumulators, scaling, first + j + i, half * 2 + e) for e in range(2)]
                 for i in range(2)
                 for half in range(2)
             ]
+            words = [pack_half2(*pair, self.dtype) for pair in pairs]
             stmatrix(address + j * (MMA_N * STORE_ROW_BYTES), words, transposed=True)
 
 

@@ -21,6 +21,9 @@ CASES = [
     ("128x128x64/3", 150, 200, 848, torch.float32, True),
     ("128x256x64", 130, 300, 336, torch.float16, False),
     ("256x128x64", 270, 136, 144, torch.bfloat16, True),
+    ("64x128x128-multicast2", 70, 400, 1296, torch.bfloat16, False),
+    ("128x128x128/2-multicast2", 140, 304, 400, torch.float32, True),
+    ("32x128x128/3-multicast2", 30, 130, 1040, torch.bfloat16, False),
 ]
 
 
@@ -110,9 +113,12 @@ def test_what_lies_past_k_is_never_multiplied():
 @pytest.mark.parametrize("n", [100, 4096, 28672])
 @pytest.mark.parametrize("m", [17, 100, 8192])
 def test_choice_is_legal(m, n, k):
+    """And takes no tile with twice the tokens there are, nor splits K where tiles fill the chip."""
     spec = dispatch.linear_spec(n, k, torch.bfloat16, None)
     tile = dispatch.choose_tile(spec, m, n, k, TARGET, 132)
     assert wgmma.reasons(spec, tile, get_target(TARGET)) == []
+    assert tile.m < 2 * m
+    assert tile.split == 1 or -(-m // tile.m) * -(-n // tile.n) * tile.split <= 2 * 132
 
 
 @pytest.mark.slow

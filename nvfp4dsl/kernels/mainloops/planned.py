@@ -17,13 +17,6 @@ class PlannedMainloop(Mainloop):
         )
 
 
-class WgmmaMainloop(PlannedMainloop):
-    """WGMMA, sm_90a: bf16 warpgroup MMA, NVFP4 weights decoded in registers as its A operand."""
-
-    transforms_operand: ClassVar[bool] = True
-    accumulators: ClassVar[Literal["registers", "tmem"]] = "registers"
-
-
 class HmmaMainloop(PlannedMainloop):
     """HMMA, every target: warp-level bf16 mma.sync, NVFP4 weights decoded in registers.
 
