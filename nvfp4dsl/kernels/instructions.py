@@ -251,6 +251,19 @@ def atomic_count(address: Int64, last: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def load_global(address: Int64, *, loc=None, ip=None) -> Int32:
+    """A 32-bit word from global memory."""
+    return Int32(_asm(T.i32(), [address], "ld.global.b32 $0, [$1];", "=r,l", pure=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def load_global_if(address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None) -> Int32:
+    """:func:`load_global` where ``index < limit``, else zero; nothing is read then."""
+    text = "{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
+    return Int32(_asm(T.i32(), [address, index, limit], text, "=&r,l,r,r", pure=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def load_global_v4_if(
     address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None
 ) -> tuple[Int32, Int32, Int32, Int32]:
