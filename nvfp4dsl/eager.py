@@ -17,7 +17,7 @@ import torch
 
 from nvfp4dsl import dispatch, reference
 from nvfp4dsl.formats import NVFP4Tensor
-from nvfp4dsl.jit.launcher import MOST_RANKS, Launcher, Watch
+from nvfp4dsl.jit.launcher import MOST_RANKS, Launcher
 
 LAUNCH, _LAUNCHER = "_launch", "_launcher"
 """Attributes of a weight: the function that launches, and what it belongs to."""
@@ -52,13 +52,14 @@ def remember(
     spec = dispatch.linear_spec(weight.n, weight.k, x.dtype, None if bias is None else bias.dtype, overlap)
     kernel = dispatch.linear_kernel(spec, x.numel() // weight.k, weight, target.name)
     codes, scales, alpha = dispatch.linear_operands(weight)
-    scale, watches = weight.global_scale, list[Watch]()
+    addressed, watches = Launcher.addressed(weight.scale, scales)
+    scale = weight.global_scale
     if weight.row_ends:
         watches.append((scale, "_version", scale._version))
     launcher = weight.__dict__.setdefault(_LAUNCHER, Launcher())
     launcher.add(
         kernel.function,
-        weights=[(weight.qdata, codes), (weight.scale, scales), (alpha if weight.row_ends else scale, alpha)],
+        weights=[(weight.qdata, codes), addressed, (alpha if weight.row_ends else scale, alpha)],
         x=x,
         bias=bias,
         activation=activation,
@@ -68,9 +69,3 @@ def remember(
     )
     weight.__dict__[LAUNCH] = launcher.launch
     return True
-
-
-def forget(weight: object) -> None:
-    """After a refusal: a copy of the weight's global scales may be out of date."""
-    if isinstance(weight, NVFP4Tensor) and weight.row_ends:
-        weight.__dict__[_LAUNCHER].clear()

@@ -129,7 +129,6 @@ def linear(
             y = getattr(weight, eager.LAUNCH)(x, bias, activation, overlap) if known else None
         if y is not None:
             return y
-        eager.forget(weight)
     mode = activation or "bf16"
     reference.check_linear(x, weight, bias, mode)
     if overlap not in dispatch.OVERLAPS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -161,7 +162,9 @@ def check_in_parallel(nk: list[tuple[int, int]], m: list[int], peers: list[str],
         (n, k), ms = part
         arguments = ["--nk", f"{n}x{k}", "--m", ",".join(map(str, ms)), "--peers", ",".join(peers)]
         command = [sys.executable, "-c", "from nvfp4dsl.cli import main; main()", "bench", "--check", *arguments]
-        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+        return subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+
+    env = os.environ | {"NVFP4DSL_COMPILE_WORKERS": "1", "OMP_NUM_THREADS": "1"}  # the processes share the processor
 
     with ThreadPoolExecutor(max_workers=processes) as threads:
         return sum(status != 0 for status in threads.map(one, benches.shares(nk, m, processes)))

@@ -43,6 +43,7 @@ typedef struct {
   PyObject* watches[MOST_WATCHES];        /* called without arguments, or asked for an attribute; NULL ends */
   PyObject* attributes[MOST_WATCHES];     /* its name, NULL for a call */
   PyObject* quiet[MOST_WATCHES];          /* what comes back if nothing stands in the way */
+  int64_t torch_watches;                  /* so many are torch's; the others tell whether the plan is out of date */
   PyObject *is_grad_enabled, *requires_grad; /* a function; the attribute's name */
   PyObject *empty, *empty_arguments;      /* allocates the output on the current device */
   PyObject* empty_elsewhere;              /* the same on x's device, which takes longer */
@@ -104,15 +105,19 @@ static int is_true(PyObject* value) {
   return value == &_Py_TrueStruct;
 }
 
-/* Whether gradients, modes, tracing or the like ask for the operator. */
-static int is_watched(const plan* p, PyObject* x, PyObject* bias) {
-  for (int i = 0; i < MOST_WATCHES && p->watches[i]; ++i) {
+/* Whether the answers of the watches from `begin` on, but before `end`, are the quiet ones. */
+static int all_quiet(const plan* p, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end && p->watches[i]; ++i) {
     PyObject* name = p->attributes[i];
     PyObject* value = name ? PyObject_GetAttr(p->watches[i], name) : PyObject_CallNoArgs(p->watches[i]);
     int quiet = value && is_same(value, p->quiet[i]);
     if (value) Py_DecRef(value);
-    if (!quiet) return 1;
+    if (!quiet) return 0;
   }
+  return 1;
+}
+
+static int wants_gradient(const plan* p, PyObject* x, PyObject* bias) {
   if (!is_true(PyObject_CallNoArgs(p->is_grad_enabled))) return 0;
   return is_true(PyObject_GetAttr(x, p->requires_grad)) ||
          (bias != &_Py_NoneStruct && is_true(PyObject_GetAttr(bias, p->requires_grad)));
@@ -173,7 +178,12 @@ static PyObject* launch(PyObject* self, PyObject* const* args, intptr_t count) {
   const DLDataType of_bias = tensors[BIAS].dtype;
   plan* p = find(t, &tensors[X], biased ? of_bias.code | of_bias.bits << 8 | of_bias.lanes << 16 : -1, args[2], args[3]);
   if (!p) return answer(&_Py_NotImplementedStruct);
-  if (is_watched(p, x, bias)) return long_way();
+  if (!all_quiet(p, 0, p->torch_watches) || wants_gradient(p, x, bias)) return long_way();
+  if (!all_quiet(p, p->torch_watches, MOST_WATCHES)) {
+    for (int64_t i = 1; i < t->count; ++i) t->plans[i - 1] = t->plans[i]; /* found, it was the first */
+    t->count--;
+    return answer(&_Py_NotImplementedStruct);
+  }
 
   static const int fixed[] = {CODES, SCALES, ALPHA};
   for (int i = 0; i < 3; ++i) {
@@ -204,5 +214,11 @@ static PyMethodDef method = {"launch", launch, METH_FASTCALL, 0};
 
 /* The function for the table at `address`, a Python integer; `owner` lives as long as it does. */
 PyObject* launcher_new(PyObject* address, PyObject* owner) { return PyCFunction_NewEx(&method, address, owner); }
+int launcher_takes(const DLPackExchangeAPI* torch, PyObject* tensor) {
+  DLTensor given;
+  int failed = torch->dltensor_from_py_object_no_sync(tensor, &given);
+  PyErr_Clear();
+  return !failed;
+}
 int64_t launcher_plan_bytes(void) { return sizeof(plan); }
 int64_t launcher_table_bytes(void) { return sizeof(table); }

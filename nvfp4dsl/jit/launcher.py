@@ -58,6 +58,7 @@ class _Plan(ctypes.Structure):
         ("watches", ctypes.py_object * MOST_WATCHES),
         ("attributes", ctypes.py_object * MOST_WATCHES),
         ("quiet", ctypes.py_object * MOST_WATCHES),
+        ("torch_watches", ctypes.c_int64),
         ("is_grad_enabled", ctypes.py_object),
         ("requires_grad", ctypes.py_object),
         ("empty", ctypes.py_object),
@@ -110,6 +111,8 @@ def library() -> ctypes.PyDLL | None:
             return None
         loaded = ctypes.PyDLL(file)
     loaded.launcher_new.restype, loaded.launcher_new.argtypes = ctypes.py_object, [ctypes.py_object] * 2
+    loaded.launcher_takes.argtypes = [ctypes.c_void_p, ctypes.py_object]
+    loaded.launcher_plan_bytes.restype = loaded.launcher_table_bytes.restype = ctypes.c_int64
     if (loaded.launcher_plan_bytes(), loaded.launcher_table_bytes()) != (ctypes.sizeof(_Plan), _Table.plans.offset):
         raise AssertionError(f"{source.name} and {__name__} differ in the layout of a plan or a table")
     return loaded
@@ -191,6 +194,15 @@ class Launcher:
         """Whether there is a compiler and all that is wanted of torch; a warning says what is missing."""
         return library() is not None and _torch_api() is not None
 
+    @staticmethod
+    def addressed(tensor: Any, view: Any) -> tuple[tuple[Any, Any], list[Watch]]:
+        """Of :meth:`add`, one of its ``weights`` and what must be watched for it. An older torch does not tell DLPack
+        about float8, so there the view's address is taken, and the tensor's watched."""
+        loaded, api = library(), _torch_api()
+        if loaded is not None and api is not None and loaded.launcher_takes(api, tensor):
+            return (tensor, view), []
+        return (view, view), [(tensor.data_ptr, None, tensor.data_ptr())]
+
     def add(
         self,
         function: Any,
@@ -207,8 +219,8 @@ class Launcher:
         Args:
             function: a ``tvm_ffi.Function`` of x (rows, K), codes, scales, alpha, bias or None, y (rows, N), max_ctas.
             weights: codes, scales and alpha (L, N), each as the tensor whose address is read at each call, and as a
-                tensor that tells type, shape and strides.
-            watches: what else must hold for the launch to be used.
+                tensor that tells type, shape and strides. See :meth:`addressed`.
+            watches: what else must hold. If it does not, this is out of date, and forgotten.
         """
         import torch
         from torch._C._dynamo import guards
@@ -222,7 +234,9 @@ class Launcher:
         plan.owner, plan.activation, plan.overlap = id(plan), activation, overlap
         plan.rank, plan.shape[: x.ndim] = x.ndim, x.shape
         plan.bias_type = -1 if bias is None else _data_type(bias.dtype)
-        for i, (watch, attribute, quiet) in enumerate((*_watches(), *watches)):
+        torch_watches = _watches()
+        plan.torch_watches = len(torch_watches)
+        for i, (watch, attribute, quiet) in enumerate((*torch_watches, *watches)):
             plan.watches[i], plan.quiet[i] = watch, quiet
             if attribute is not None:
                 plan.attributes[i] = sys.intern(attribute)

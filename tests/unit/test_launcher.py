@@ -208,11 +208,25 @@ def test_a_watch_of_ones_own(kernel):
     x = random(ROWS, K)
     assert torch.equal(launch(x, None), expected(x, codes, alpha))
     other.version = 4
-    assert launch(x, None) is None
-    other.version, said[0] = 3, 7 * 10**6 + 1
-    assert launch(x, None) is None
+    assert launch(x, None) is NotImplemented
+    other.version = 3
+    assert launch(x, None) is NotImplemented  # it was forgotten
+    said[0] += 1
+    assert launch(x, random(N)) is NotImplemented
     said[:] = []  # so that it raises
-    assert launch(x, None) is None
+    assert launch(x, random(N).float()) is NotImplemented
+    assert len(kernel.calls) == 1
+
+
+def test_the_address_of_a_type_that_dlpack_knows_not_is_watched(kernel, monkeypatch):
+    scale = torch.zeros(N, K).to(torch.float8_e4m3fn)
+    (told, _), watches = Launcher.addressed(scale, scale.view(torch.uint8))
+    assert (told is scale, watches) in [(True, []), (False, watches)]
+    unknown = torch.zeros(4).to_sparse()
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 5)
+    (told, view), watches = Launcher.addressed(unknown, scale)
+    assert told is view is scale
+    assert [(watch(), attribute, quiet) for watch, attribute, quiet in watches] == [(5, None, 5)]
 
 
 def test_nothing_is_leaked(kernel):
