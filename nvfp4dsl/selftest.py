@@ -28,8 +28,8 @@ from nvfp4dsl.autotune.peers import Linear, Weights, select, weight_bytes
 from nvfp4dsl.config import TILES, GemmSpec, TileConfig, family, legal, legal_tiles
 from nvfp4dsl.dispatch import TORCH
 from nvfp4dsl.errors import NVFP4Error
-from nvfp4dsl.formats import NVFP4Tensor
-from nvfp4dsl.packing import layout_for, prepare
+from nvfp4dsl.formats import CANONICAL, NVFP4Tensor
+from nvfp4dsl.packing import BLACKWELL, FRAGMENTS, layout_for, prepare
 from nvfp4dsl.targets import Target
 from nvfp4dsl.testing import element_error, relative_error
 
@@ -41,6 +41,10 @@ PROVEN = frozenset({"sm_90a"})
 BARS = {"fp32": (1e-5, 1e-4), "bf16": (3e-3, 1e-2), "fp16": (4e-4, 2e-3)}
 SAME, CLOSE, WRONG, FAILED, NEW = "same bits", "close", "wrong", "failed", "nothing stored"
 
+#: ops whose output is NVFP4.
+TO_NVFP4 = ("quantize", "silu_mul", "rms_norm", "add_rms_norm")
+EPS, GLOBAL_SCALE = 1e-6, 2.0**-6
+
 #: extents that divide nothing, and a K that goes around every ring of stages; W4A16 takes longer steps of K.
 ROWS, N, K = 70, 136, 1040
 W4A16_N, W4A16_K = 40, 4368
@@ -51,12 +55,12 @@ class Case:
     """One kernel on one problem.
 
     Attributes:
-        op: ``"mm"`` (W4A4), ``"linear"`` (W4A16) or ``"quantize"``.
-        m, n, k: extents; quantize has no n.
-        dtype: of the output; of the input, if quantize.
-        tile: None for quantize.
+        op: ``"mm"`` (W4A4), ``"linear"`` (W4A16), or one of :data:`TO_NVFP4`.
+        m, n, k: extents; what quantizes has no n.
+        dtype: of the output; of the input, if the output is NVFP4.
+        tile: of a product, else None.
         bias: its type or None.
-        layout: of quantize's output.
+        layout: of an NVFP4 output.
     """
 
     op: str
@@ -151,9 +155,10 @@ def cases(target: Target, everything: bool = False) -> list[Case]:
     found: list[Case] = []
     for mode in target.mainloops:
         found += _gemm_cases(target, mode, everything)
-    layouts = dict.fromkeys(("canonical", layout_for(target.name)))
+    layouts = [name for name in dict.fromkeys((CANONICAL, layout_for(target.name))) if name != FRAGMENTS]
     for dtype in ("bf16", "fp16", "fp32"):
-        found += [Case("quantize", ROWS, 0, K, dtype, layout=name) for name in layouts if name != "fragments"]
+        found += [Case("quantize", ROWS, 0, K, dtype, layout=name) for name in layouts]
+        found += [Case(op, ROWS, 0, K, dtype, layout=layouts[-1]) for op in TO_NVFP4[1:]]
     return found
 
 
@@ -177,7 +182,7 @@ def _gemm_cases(target: Target, mode: str, everything: bool) -> Iterator[Case]:
 
 
 def specs(case: Case) -> tuple[GemmSpec, TileConfig] | None:
-    """What to compile for a case; None for quantize, whose kernels are chosen by dispatch."""
+    """What to compile for a case; None for what quantizes, whose kernels dispatch chooses."""
     if case.tile is None:
         return None
     bias = None if case.bias is None else TORCH[case.bias]
@@ -200,7 +205,7 @@ def _quantized(label: str, rows: int, k: int) -> NVFP4Tensor:
     return NVFP4Tensor(
         torch.from_numpy(_bytes(f"{label} codes", rows, k // 2)),
         torch.from_numpy(scales).view(torch.float8_e4m3fn),
-        torch.tensor(2.0**-6),
+        torch.tensor(GLOBAL_SCALE),
     )
 
 
@@ -216,10 +221,8 @@ def _floats(label: str, dtype: str, *shape: int) -> torch.Tensor:
 
 def compute(case: Case, target: Target, device: str) -> tuple[torch.Tensor, ...]:
     """The kernel's outputs, on the CPU. ``device`` is ``"cpu"`` inside ``emulate``."""
-    if case.op == "quantize":
-        x = _floats("x", case.dtype, case.m, case.k).to(device)
-        codes, scales, own, _ = quantization.quantize(x, None, layout=str(case.layout))
-        return tuple(t.cpu().contiguous() for t in (codes, scales.view(torch.uint8), own) if t is not None)
+    if case.op in TO_NVFP4:
+        return tuple(t.cpu().contiguous() for t in _to_nvfp4(case, device))
     weight = prepare(_quantized("weight", case.n, case.k), target.name, activation=_mode(case)).to(device)
     bias = None if case.bias is None else _floats("bias", case.bias, case.n).to(device)
     out_dtype = TORCH[case.dtype]
@@ -234,17 +237,37 @@ def compute(case: Case, target: Target, device: str) -> tuple[torch.Tensor, ...]
     return (out.cpu(),)
 
 
+def _to_nvfp4(case: Case, device: str) -> Iterator[torch.Tensor]:
+    """Codes, scale bytes, and what else a quantizing kernel writes: its global scale, or the sum with the residual."""
+    x, other, weight = (t.to(device) for t in _rows(case))
+    layout = str(case.layout)
+    if case.op in ("quantize", "silu_mul"):
+        up = other if case.op == "silu_mul" else None
+        codes, scales, own, _ = quantization.quantize(x, None, layout=layout, up=up)
+    else:
+        own = other if case.op == "add_rms_norm" else None
+        scale = torch.tensor(GLOBAL_SCALE, device=device)
+        codes, scales = quantization.rms_norm(x, weight, EPS, scale, own, layout=layout)
+    yield codes
+    yield scales.view(torch.uint8)
+    if own is not None:
+        yield own
+
+
+def _rows(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, a second operand like it (``up`` or the residual), and the norm's weight."""
+    shape = (case.m, case.k)
+    return _floats("x", case.dtype, *shape), _floats("other", case.dtype, *shape), _floats("norm", case.dtype, case.k)
+
+
 def _mode(case: Case) -> str:
     return {"mm": "nvfp4", "linear": "bf16"}[case.op]
 
 
 def expected(case: Case) -> tuple[torch.Tensor, ...]:
-    """The same by the reference: float64 for a product, the very bits for quantize."""
-    if case.op == "quantize":
-        quantized = reference.quantize(_floats("x", case.dtype, case.m, case.k))
-        if case.layout != "canonical":
-            quantized = prepare(quantized, _target_with(str(case.layout)))
-        return quantized.qdata, quantized.scale.view(torch.uint8), quantized.global_scale
+    """The same by the reference: float64 for a product, the very bits for NVFP4."""
+    if case.op in TO_NVFP4:
+        return _expected_nvfp4(case)
     weight = _quantized("weight", case.n, case.k)
     bias = None if case.bias is None else _floats("bias", case.bias, case.n).double()
     if case.op == "mm":
@@ -255,8 +278,18 @@ def expected(case: Case) -> tuple[torch.Tensor, ...]:
     return (product if bias is None else product + bias,)
 
 
-def _target_with(layout: str) -> str:
-    return {"blackwell": "sm_121a"}[layout]
+def _expected_nvfp4(case: Case) -> tuple[torch.Tensor, ...]:
+    x, other, weight = _rows(case)
+    if case.op in ("quantize", "silu_mul"):
+        quantized = reference.quantize(x if case.op == "quantize" else reference.silu_mul(x, other))
+        more: tuple[torch.Tensor, ...] = (quantized.global_scale,)
+    else:
+        y, h = reference.rms_norm(x, weight, EPS, other if case.op == "add_rms_norm" else None)
+        quantized = reference.quantize(y, GLOBAL_SCALE)
+        more = (h,) if case.op == "add_rms_norm" else ()
+    if case.layout == BLACKWELL:
+        quantized = prepare(quantized, "sm_121a")
+    return quantized.qdata, quantized.scale.view(torch.uint8), *more
 
 
 def digest(outputs: Sequence[torch.Tensor]) -> str:
@@ -272,7 +305,7 @@ def judge(case: Case, target: Target, outputs: Sequence[torch.Tensor], stored: s
     truth, found = expected(case), digest(outputs)
     norm = max(relative_error(a, e) for a, e in zip(outputs, truth, strict=True))
     worst = max(element_error(a, e) for a, e in zip(outputs, truth, strict=True))
-    bars = (0.0, 0.0) if case.op == "quantize" else BARS[case.dtype]
+    bars = (0.0, 0.0) if case.op in TO_NVFP4 else BARS[case.dtype]
     right = norm <= bars[0] and worst <= bars[1]
     same = found == stored
     status = WRONG if not right else SAME if same else NEW if stored is None else CLOSE
@@ -372,13 +405,15 @@ def stored(target: str) -> dict[str, str]:
     return content["targets"].get(target, {}) if content["format"] == FORMAT else {}
 
 
-def store(runs: Sequence[SelfTest], path: Path, keys: dict[str, str]) -> None:
+def store(runs: Sequence[SelfTest], path: Path, keys: dict[str, str], keep: bool = False) -> None:
     """Write what emulator runs computed; targets that did not run keep what they had.
 
     Args:
         keys: case as text -> its key.
+        keep: cases that did not run keep theirs too.
     """
     targets = json.loads(path.read_text())["targets"] if path.exists() else {}
     for result in runs:
-        targets[result.target] = {keys[v.case]: v.sha256 for v in result.verdicts if v.sha256}
+        before = targets.get(result.target, {}) if keep else {}
+        targets[result.target] = before | {keys[v.case]: v.sha256 for v in result.verdicts if v.sha256}
     path.write_text(json.dumps({"format": FORMAT, "targets": targets}, indent=1, sort_keys=True) + "\n")

@@ -46,7 +46,7 @@ def selftest_(
     """
     console = Console(stderr=True, quiet=as_json)
     if regenerate:
-        _regenerate([get_target(emulate)] if emulate else list(TARGETS.values()), console)
+        _regenerate([get_target(emulate)] if emulate else list(TARGETS.values()), only, console)
         return
     target, device = (get_target(emulate), "cpu") if emulate else (_target_here(), "cuda")
     chosen = [case for case in selftest.cases(target, everything) if only in str(case)]
@@ -120,19 +120,20 @@ def _summary(result: selftest.SelfTest) -> str:
     return "\n".join(lines)
 
 
-def _regenerate(targets: list[Target], console: Console) -> None:
-    """Run every case in the emulator and store the digests; nothing is stored if one fails."""
+def _regenerate(targets: list[Target], only: str, console: Console) -> None:
+    """Run cases in the emulator and store the digests; nothing is stored if one fails."""
     runs: list[selftest.SelfTest] = []
     keys: dict[str, str] = {}
     for target in targets:
-        chosen = selftest.cases(target)
+        chosen = [case for case in selftest.cases(target) if only in str(case)]
         keys |= {str(case): case.key for case in chosen}
         console.print(f"{target.name}: {len(chosen)} cases", highlight=False)
-        run = selftest.run(target, device="cpu", done=_progress(console, len(chosen)))
+        done = _progress(console, len(chosen))
+        run = selftest.run(target, device="cpu", only=lambda case: only in str(case), done=done)
         bad = [v for v in run.verdicts if v.status in (selftest.WRONG, selftest.FAILED)]
         if bad:
             raise TargetError(f"{target.name}: {bad[0].case} is {bad[0].status} in the emulator; nothing was stored")
         runs.append(run)
     path = Path(str(importlib.resources.files("nvfp4dsl.data") / selftest.STORED))
-    selftest.store(runs, path, keys)
+    selftest.store(runs, path, keys, keep=bool(only))
     click.echo(f"stored {sum(len(run.verdicts) for run in runs)} results in {path}")
