@@ -8,6 +8,7 @@ Where CuTe DSL is missing on the GPU machine, prepare PTX and launches elsewhere
 
 from __future__ import annotations
 
+import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 import nvfp4dsl as nv
 from nvfp4dsl import emulator
+from nvfp4dsl.config import GemmSpec, legal_tiles
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.formats import NVFP4Tensor
 
@@ -38,7 +40,7 @@ class Case:
         parts = [f"{self.m}x{self.n}x{self.k}", str(self.out_dtype).removeprefix("torch.")]
         parts += [f"batch{n}" for n in self.batch]
         parts += ["bias-ranges"] if not self.plain else []
-        parts += [f"tile{self.tile}"] if self.tile else []
+        parts += ["tile" + self.tile.replace("/", "-split")] if self.tile else []
         return "-".join(parts)
 
     @property
@@ -72,7 +74,21 @@ CASES = [
     Case(70, 136, 208, torch.float32, batch=(3,)),
     Case(200, 320, 1024, torch.float32, tile="128x128x256"),
     Case(200, 320, 1024, torch.float32, tile="64x128x128"),
+    Case(13, 2880, 1040, torch.float32, tile="8x128x256"),
+    Case(200, 2880, 272, torch.float32, tile="64x128x128-pingpong"),
+    Case(37, 200, 7680, torch.float32, tile="16x64x128/4"),
 ]
+#: extents that no tile divides
+SHAPES = [(197, 2880, 336), (67, 200, 7680), (35, 7680, 208), (45, 1448, 2880)]
+
+
+def drawn(count: int = 12, seed: int = 6) -> list[Case]:
+    """Tiles at random out of all that are legal."""
+    tiles = random.Random(seed).sample(legal_tiles(GemmSpec(), "sm_121a"), count)
+    return [Case(*SHAPES[i % len(SHAPES)], tile=str(tile)) for i, tile in enumerate(tiles)]
+
+
+CASES += drawn()
 
 
 def files(folder: Path, case: Case) -> tuple[Path, Path]:
