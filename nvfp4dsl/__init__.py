@@ -8,10 +8,12 @@
 Importing this package compiles nothing, patches nothing, and does not import cutlass.
 """
 
+from nvfp4dsl.calibration import Calibration, Saturation
 from nvfp4dsl.config import GemmSpec, TileConfig, legal
 from nvfp4dsl.dispatch import emulate
 from nvfp4dsl.errors import (
     CacheError,
+    CalibrationError,
     CompileError,
     EmulationError,
     LaunchError,
@@ -19,12 +21,13 @@ from nvfp4dsl.errors import (
     ModeError,
     NVFP4Error,
     OperandError,
+    SaturationWarning,
     TargetError,
     TileError,
 )
 from nvfp4dsl.formats import NVFP4Tensor
 from nvfp4dsl.jit import CompiledKernel, compile
-from nvfp4dsl.ops import dequantize, linear, mm, quantize, warmup
+from nvfp4dsl.ops import dequantize, linear, mm, quantize, quantize_rms_norm, quantize_silu_mul, warmup
 from nvfp4dsl.packing import prepare
 from nvfp4dsl.targets import DEVICES, TARGETS, Device, Target
 
@@ -32,6 +35,8 @@ __all__ = [
     "DEVICES",
     "TARGETS",
     "CacheError",
+    "Calibration",
+    "CalibrationError",
     "CompileError",
     "CompiledKernel",
     "Device",
@@ -43,6 +48,8 @@ __all__ = [
     "NVFP4Error",
     "NVFP4Tensor",
     "OperandError",
+    "Saturation",
+    "SaturationWarning",
     "Target",
     "TargetError",
     "TileConfig",
@@ -55,5 +62,7 @@ __all__ = [
     "mm",
     "prepare",
     "quantize",
+    "quantize_rms_norm",
+    "quantize_silu_mul",
     "warmup",
 ]

@@ -49,6 +49,14 @@ class InspectError(NVFP4Error, ValueError):
     """Machine code that the issue model cannot read, or a question it cannot answer."""
 
 
+class CalibrationError(NVFP4Error, RuntimeError):
+    """A calibration was asked for a scale before it saw a value."""
+
+
+class SaturationWarning(UserWarning):
+    """A static global scale is too small for the data: more than one block in a hundred saturates."""
+
+
 class CacheError(NVFP4Error, RuntimeError):
     """The kernel cache cannot be read or written: permissions, ownership, a full disk, another target's object."""
 

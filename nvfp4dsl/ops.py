@@ -14,6 +14,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from nvfp4dsl import dispatch, eager, quantization, reference
+from nvfp4dsl.calibration import Saturation
 from nvfp4dsl.config import TileConfig
 from nvfp4dsl.dispatch import DEFAULT_OVERLAP
 from nvfp4dsl.errors import ModeError, OperandError, TargetError
@@ -29,31 +30,147 @@ def quantize(
     *,
     row_ends: tuple[int, ...] | None = None,
     per_matrix: bool = False,
+    four_over_six: bool = False,
+    saturation: Saturation | None = None,
 ) -> NVFP4Tensor:
     """Quantize a tensor to NVFP4, in the layout its device reads: canonical on a CPU, the device's own on a GPU, the
-    emulated target's inside ``emulate``. Arguments, recipe and errors: :func:`nvfp4dsl.reference.quantize`.
+    emulated target's inside ``emulate``. Recipe, other arguments and errors: :func:`nvfp4dsl.reference.quantize`.
 
     On a GPU, and inside ``emulate``, a kernel does it, with the same bits (the reference, where ``row_ends`` are
     given). Nothing waits for the GPU, so values there go unchecked: an infinity becomes the largest value of a block of
     the largest scale, a NaN makes its block NaN, and a ``global_scale`` that is not finite, positive and normal makes
     everything NaN, as does an infinity or a NaN without a ``global_scale``.
+
+    Args:
+        saturation: count the blocks that ``global_scale`` is too small for.
     """
     target = dispatch.site(x.device)
-    if target is None or row_ends is not None:
-        quantized = reference.quantize(x, global_scale, row_ends=row_ends, per_matrix=per_matrix)
+    if row_ends is not None:
+        quantized = reference.quantize(
+            x, global_scale, row_ends=row_ends, per_matrix=per_matrix, four_over_six=four_over_six
+        )
         return quantized if target is None else prepare(quantized, target.name)
     reference.check_rows(x)
-    if x.device.type == "cpu":
-        reference.check_finite(x)
-    layout = BLACKWELL if layout_for(target.name) == BLACKWELL else CANONICAL
-    return prepare(_quantized(x, quantization.global_scale_for(x, global_scale), layout, per_matrix), target.name)
+    return _quantized(x, None, global_scale, per_matrix, four_over_six, saturation)
 
 
-def _quantized(x: torch.Tensor, global_scale: torch.Tensor | None, layout: str, per_matrix: bool) -> NVFP4Tensor:
-    """x in ``layout``, by the kernel of the place it lives in."""
-    qdata, scale, *own = torch.ops.nvfp4dsl.quantize(x, global_scale, layout, per_matrix)
-    n, k = x.shape[-2:]
-    return _tensor(qdata, scale, own[0] if global_scale is None else global_scale, layout, n, k, [])
+def quantize_silu_mul(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    global_scale: torch.Tensor | float | None = None,
+    *,
+    per_matrix: bool = False,
+    four_over_six: bool = False,
+    saturation: Saturation | None = None,
+) -> NVFP4Tensor:
+    """:func:`quantize` of ``silu(gate) * up``, in one pass where a kernel does it.
+
+    Each rounding: :func:`nvfp4dsl.reference.silu_mul`; the result is the same on every device.
+
+    Args:
+        gate, up: bf16, fp16 or fp32 [..., M, K], of one shape, dtype and device; halves of one tensor will do.
+
+    Raises:
+        OperandError: besides what :func:`quantize` raises, if they differ.
+    """
+    reference.check_rows(gate)
+    _check_like("up", up, "gate", gate)
+    return _quantized(gate, up, global_scale, per_matrix, four_over_six, saturation)
+
+
+def quantize_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    global_scale: torch.Tensor | float,
+    *,
+    residual: torch.Tensor | None = None,
+    saturation: Saturation | None = None,
+) -> NVFP4Tensor:
+    """:func:`quantize` of ``rms_norm(x)``, or of ``rms_norm(x + residual)``, in one launch where a kernel does it.
+
+    Each rounding: :func:`nvfp4dsl.reference.rms_norm`; the result is the same on every device.
+
+    Args:
+        x: bf16, fp16 or fp32 [..., M, K].
+        weight: [K], of x's dtype.
+        eps: added to the mean square.
+        global_scale: given, since a norm's own would take another pass: see :class:`nvfp4dsl.Calibration`.
+        residual: of x's shape and dtype; replaced by the sum.
+
+    Raises:
+        OperandError: besides what :func:`quantize` raises, if shapes, dtypes or devices differ, or there is no scale.
+    """
+    reference.check_rows(x)
+    if tuple(weight.shape) != (x.shape[-1],) or weight.dtype != x.dtype or weight.device != x.device:
+        raise OperandError(
+            f"weight is {weight.dtype} {list(weight.shape)} on {weight.device}; it must be {x.dtype} [{x.shape[-1]}] "
+            f"on {x.device}"
+        )
+    if residual is not None:
+        _check_like("residual", residual, "x", x)
+    scale = quantization.global_scale_for(x, global_scale)
+    if scale is None:
+        raise OperandError("quantize_rms_norm needs a global scale: calibrate one, see nvfp4dsl.Calibration")
+    counts = saturation.counts(x.device) if saturation else None
+    target = dispatch.site(x.device)
+    if target is None:
+        y, h = reference.rms_norm(x, weight, eps, residual)
+        if residual is not None:
+            residual.copy_(h)
+        return _quantized(y, None, scale, False, False, saturation)
+    layout = _layout(target)
+    qdata, scales = torch.ops.nvfp4dsl.quantize_rms_norm(x, weight, eps, scale, residual, layout, counts)
+    if saturation:
+        saturation.check()
+    return prepare(_tensor(qdata, scales, scale, layout, *x.shape[-2:], []), target.name)
+
+
+def _check_like(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if (t.shape, t.dtype, t.device) != (other.shape, other.dtype, other.device):
+        raise OperandError(
+            f"{name} is {t.dtype} {list(t.shape)} on {t.device}, {other_name} {other.dtype} {list(other.shape)} on "
+            f"{other.device}; they must be alike"
+        )
+
+
+def _layout(target: Target) -> str:
+    """What the quantization kernels write for a target: its own layout, if it is one of theirs."""
+    return BLACKWELL if layout_for(target.name) == BLACKWELL else CANONICAL
+
+
+def _quantized(
+    x: torch.Tensor,
+    up: torch.Tensor | None,
+    global_scale: torch.Tensor | float | None,
+    per_matrix: bool = False,
+    four_over_six: bool = False,
+    saturation: Saturation | None = None,
+    layout: str | None = None,
+) -> NVFP4Tensor:
+    """x, or silu(x) * up, in the layout that the place reads, or in ``layout``, a kernel's."""
+    scale = quantization.global_scale_for(x, global_scale)
+    if saturation is not None and scale is None:
+        raise OperandError(
+            "saturation is counted against a global scale, and there is none: a tensor's own always fits"
+        )
+    counts = saturation.counts(x.device) if saturation else None
+    target = dispatch.site(x.device)
+    if target is None:
+        value = x if up is None else reference.silu_mul(x, up)
+        quantized = reference.quantize(value, scale, per_matrix=per_matrix, four_over_six=four_over_six)
+        if counts is not None and scale is not None:
+            counts += torch.stack([reference.saturated_blocks(value, scale), torch.tensor(quantized.scale.numel())])
+    else:
+        if x.device.type == "cpu":
+            reference.check_finite(x)
+        written = layout or _layout(target)
+        qdata, scales, *own = torch.ops.nvfp4dsl.quantize(x, up, scale, written, per_matrix, four_over_six, counts)
+        quantized = _tensor(qdata, scales, own[0] if scale is None else scale, written, *x.shape[-2:], [])
+        quantized = quantized if layout else prepare(quantized, target.name)
+    if saturation:
+        saturation.check()
+    return quantized
 
 
 def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -220,18 +337,52 @@ def _tensor(
     )
 
 
-@torch.library.custom_op("nvfp4dsl::quantize", mutates_args=())
-def _quantize(x: torch.Tensor, global_scale: torch.Tensor | None, layout: str, per_matrix: bool) -> list[torch.Tensor]:
+@torch.library.custom_op("nvfp4dsl::quantize", mutates_args=("counts",))
+def _quantize(
+    x: torch.Tensor,
+    up: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    layout: str,
+    per_matrix: bool,
+    four_over_six: bool,
+    counts: torch.Tensor | None,
+) -> list[torch.Tensor]:
     """Codes, scale bytes, and x's own global scale unless one is given."""
-    codes, scales, own, _ = quantization.quantize(x, global_scale, layout=layout, per_matrix=per_matrix)
+    codes, scales, own, _ = quantization.quantize(
+        x,
+        global_scale,
+        layout=layout,
+        up=up,
+        per_matrix=per_matrix,
+        four_over_six=four_over_six,
+        saturation=counts,
+    )
     return [codes, scales] if own is None else [codes, scales, own]
 
 
 @_quantize.register_fake
-def _(x, global_scale, layout, per_matrix):
+def _(x, up, global_scale, layout, per_matrix, four_over_six, counts):
     codes, scales, _ = quantization.empty(x, layout)
     own = [] if global_scale is not None else [quantization.empty_scale(x, per_matrix)]
     return [codes, scales, *own]
+
+
+@torch.library.custom_op("nvfp4dsl::quantize_rms_norm", mutates_args=("residual", "counts"))
+def _quantize_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    global_scale: torch.Tensor,
+    residual: torch.Tensor | None,
+    layout: str,
+    counts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantization.rms_norm(x, weight, eps, global_scale, residual, layout=layout, saturation=counts)
+
+
+@_quantize_rms_norm.register_fake
+def _(x, weight, eps, global_scale, residual, layout, counts):
+    return quantization.empty(x, layout)[:2]
 
 
 @torch.library.custom_op("nvfp4dsl::mm", mutates_args=())
@@ -305,7 +456,7 @@ def _linear(
     if activation == "nvfp4" and "nvfp4" in target.mainloops:
         rows = x if weight.batch_shape else x.reshape(-1, x.shape[-1])
         dispatch.check_layout("weight", weight, target, "nvfp4")  # before anything is launched
-        y = dispatch.gemm(_quantized(rows, None, BLACKWELL, per_matrix=False), weight, bias, out_dtype=x.dtype)
+        y = dispatch.gemm(_quantized(rows, None, None, layout=BLACKWELL), weight, bias, out_dtype=x.dtype)
     else:
         y = _linear_w4a16(x.reshape(-1, x.shape[-1]), weight, bias, activation, target, x.dtype, overlap)
     return y.reshape(*x.shape[:-1], weight.shape[-2])
@@ -328,7 +479,7 @@ def _linear_w4a16(
     factor = None
     if activation == "nvfp4":
         dispatch.check_layout("weight", weight, target, "bf16")  # before anything is launched
-        quantized = _quantized(rows, None, CANONICAL, per_matrix=False)
+        quantized = _quantized(rows, None, None, layout=CANONICAL)
         rows, factor = reference.scaled_codes(quantized, torch.bfloat16), quantized.global_scale
     return dispatch.w4a16(rows, weight, bias, target, out_dtype, overlap=overlap, factor=factor)
 

@@ -81,6 +81,7 @@ def quantize(
     layout: str,
     up: torch.Tensor | None = None,
     per_matrix: bool = False,
+    four_over_six: bool = False,
     linear_scales: bool = False,
     saturation: torch.Tensor | None = None,
     tile: QuantizeTile | None = None,
@@ -94,6 +95,7 @@ def quantize(
         layout: ``"blackwell"`` or ``"canonical"``.
         up: quantize ``silu(x) * up`` (:func:`nvfp4dsl.reference.silu_mul`); of x's shape and dtype.
         per_matrix: x's own global scales are one for each matrix.
+        four_over_six: see :func:`nvfp4dsl.reference.quantize`.
         linear_scales: return the scales in canonical order too, if ``layout`` is another.
         saturation: int64 [2], to which the numbers of saturated blocks and of blocks are added.
         tile: force one; by default :func:`choose_tile`.
@@ -125,6 +127,7 @@ def quantize(
         dynamic=dynamic,
         count=saturation is not None,
         linear=linear is not None,
+        four_over_six=four_over_six,
     )
     partials = None
     if dynamic:
@@ -153,6 +156,14 @@ def quantize(
         updates=("saturation",) if saturation is not None else (),
     )
     return codes, scales, own, linear
+
+
+def amax(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of x, fp32 [], found by the kernel where x lives. NaN if there is one."""
+    target = dispatch.site(x.device)
+    if target is None:
+        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    return _partials(_aligned(x), None, 1, target.name, dispatch.sm_count(x.device)).amax()
 
 
 def rms_norm(

@@ -12,10 +12,13 @@ import torch
 
 from nvfp4dsl.constants import (
     BLOCK,
+    E2M1_FOUR,
     E2M1_MAX,
     E4M3_MAX,
     E4M3_MIN_SUBNORMAL,
+    E4M3_SATURATED,
     EXP2_POLYNOMIAL,
+    FOUR_OVER_SIX_SCALE_MAX,
     FP32_MIN_NORMAL,
     LOG2_E,
     NORM_LANES,
@@ -42,8 +45,10 @@ def encode_e2m1(x: torch.Tensor) -> torch.Tensor:
     return (torch.bucketize(x.abs().float().contiguous(), boundaries) | torch.signbit(x).int() << 3).to(torch.uint8)
 
 
-def _global_scale(x: torch.Tensor, row_ends: tuple[int, ...] | None, per_matrix: bool) -> torch.Tensor:
-    """amax / (448 * 6) over each row range and matrix; 1 where all is zero."""
+def _global_scale(
+    x: torch.Tensor, row_ends: tuple[int, ...] | None, per_matrix: bool, largest: float = E4M3_MAX
+) -> torch.Tensor:
+    """amax / (largest * 6) over each row range and matrix; 1 where all is zero."""
     dims = (-2, -1) if per_matrix else tuple(range(x.ndim))
     begins = (0, *(row_ends or (x.shape[-2],)))
     magnitude = x.abs()
@@ -51,7 +56,7 @@ def _global_scale(x: torch.Tensor, row_ends: tuple[int, ...] | None, per_matrix:
     shape = x.shape[:-2] if per_matrix else ()
     amax = torch.stack([p.amax(dims) if p.numel() else p.new_zeros(shape) for p in parts], dim=-1)
     # A tensor, since torch divides a CUDA tensor by a number through its reciprocal, which is off in the last bit.
-    divisor = torch.full_like(amax, E4M3_MAX * E2M1_MAX)
+    divisor = torch.full_like(amax, largest * E2M1_MAX)
     # Below amax 4e-35 a global scale would be subnormal, and at last zero; the block scales take over instead.
     scale = torch.where(amax == 0, 1.0, (amax / divisor).clamp(min=FP32_MIN_NORMAL))
     return scale if row_ends else scale.squeeze(-1)
@@ -79,6 +84,7 @@ def quantize(
     *,
     row_ends: tuple[int, ...] | None = None,
     per_matrix: bool = False,
+    four_over_six: bool = False,
 ) -> NVFP4Tensor:
     """Two-level NVFP4 quantization, in fp32 with true division.
 
@@ -90,6 +96,11 @@ def quantize(
         global_scale: fix it rather than take it from amax: a float, or fp32 of a shape NVFP4Tensor allows.
         row_ends: one global scale for each of these row ranges.
         per_matrix: one global scale for each matrix of the batch (each expert), not one for all.
+        four_over_six: choose for each block whether its largest value becomes a 6 or a 4, whose neighbours lie closer:
+            whichever has the smaller sum of squared errors, 6 where they are equal ("Four Over Six: More Accurate NVFP4
+            Quantization with Adaptive Block Scaling", arXiv 2512.02010). A global scale of the tensor's own is then
+            ``amax / (256 * 6)``. The sum adds up, in the order of K by fused multiply-adds, the squares of
+            ``fma(code, scale * global, -x) * (1 / global)``.
 
     Returns:
         A canonical tensor on x's device.
@@ -102,7 +113,7 @@ def quantize(
     x = x.float()
     *batch, n, k = x.shape
     if global_scale is None:
-        global_scale = _global_scale(x, row_ends, per_matrix)
+        global_scale = _global_scale(x, row_ends, per_matrix, FOUR_OVER_SIX_SCALE_MAX if four_over_six else E4M3_MAX)
     elif not isinstance(global_scale, torch.Tensor):
         global_scale = torch.tensor(global_scale, dtype=torch.float32, device=x.device)
     storage = (*batch, n, k)
@@ -114,10 +125,41 @@ def quantize(
     )
     row_scale = template.row_scale().unsqueeze(-1)  # [..., N, 1]
     blocks = x.reshape(*batch, n, k // BLOCK, BLOCK)
-    wanted = blocks.abs().amax(-1) / (E2M1_MAX * row_scale)
-    scale = wanted.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
-    codes = encode_e2m1(blocks / (scale.float() * row_scale).unsqueeze(-1))
+    scale, codes, step = _blocks(blocks, row_scale, E2M1_MAX)
+    if four_over_six:
+        scale4, codes4, step4 = _blocks(blocks, row_scale, E2M1_FOUR)
+        four = _block_error(blocks, row_scale, codes4, step4) < _block_error(blocks, row_scale, codes, step)
+        scale, codes = torch.where(four, scale4, scale), torch.where(four.unsqueeze(-1), codes4, codes)
+    scale = scale.to(torch.float8_e4m3fn)
     return template._with(qdata=pack_codes(codes.reshape(storage)), scale=scale)
+
+
+def saturated_blocks(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """How many blocks of ``x`` e4m3 has no scale for: ``amax_block / (6 * global)`` is above 464, which is halfway from
+    448, its largest value, to where the next would be. ``global_scale`` is [] or one for each matrix; int64 []."""
+    amax = x.float().unflatten(-1, (-1, BLOCK)).abs().amax(-1)
+    return (amax / (E2M1_MAX * global_scale[..., None, None]) > E4M3_SATURATED).sum()
+
+
+def _blocks(
+    blocks: torch.Tensor, row_scale: torch.Tensor, largest: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(block scale, codes, what a code of 1 stands for) such that a block's largest value becomes ``largest``."""
+    wanted = blocks.abs().amax(-1) / (largest * row_scale)
+    scale = wanted.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    step = (scale * row_scale).unsqueeze(-1)
+    return scale, encode_e2m1(blocks / step), step
+
+
+def _block_error(
+    blocks: torch.Tensor, row_scale: torch.Tensor, codes: torch.Tensor, step: torch.Tensor
+) -> torch.Tensor:
+    """Sum of the squared errors of each block, in units of the global scale; fp32, rounded as :func:`quantize` says."""
+    off = _fma(decode_codes(codes), step, -blocks) * (1.0 / row_scale).unsqueeze(-1)
+    total = torch.zeros_like(off[..., 0])
+    for i in range(BLOCK):
+        total = _fma(off[..., i], off[..., i], total)
+    return total
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:

@@ -138,6 +138,18 @@ def encode_halved_e2m1x8(halves: Sequence[Float32], *, loc=None, ip=None) -> Int
 
 
 @dsl_user_op
+def decode_e2m1_word(word: Int32, *, loc=None, ip=None) -> tuple:
+    """The values of a word's eight codes, the lowest nibble first: a code's magnitude, put before the 22 lower bits of
+    an fp32 number, is its value times 2^-126."""
+    text = "{ .reg .b32 u, s; " + "".join(
+        f"shl.b32 s, $8, {28 - 4 * i}; and.b32 u, s, 0x80000000; shr.u32 s, s, 6; and.b32 s, s, 0x01C00000; "
+        f"or.b32 s, s, u; mov.b32 ${i}, s; mul.rn.f32 ${i}, ${i}, 0f7E800000; "
+        for i in range(8)
+    )
+    return _asm_tuple(Float32, 8, [word], text + "}", "=&f," * 8 + "r", pure=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def load_global_v4_if(address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None) -> tuple:
     """Four neighbouring 32-bit words from global memory, the address a multiple of 16, where ``index < limit``; else
     zeros, and nothing is read."""

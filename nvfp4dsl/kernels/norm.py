@@ -6,14 +6,13 @@ from cutlass import Float32, Int32, Int64
 
 from nvfp4dsl.config.quantize import QuantizePlan
 from nvfp4dsl.config.spec import FLOAT_BYTES, WARP
-from nvfp4dsl.constants import BLOCK
+from nvfp4dsl.constants import BLOCK, E4M3_SATURATED
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.e2m1 import divide, load_global_v4_if, multiply, store_global_v4
 from nvfp4dsl.kernels.functions import add, reciprocal_root
 from nvfp4dsl.kernels.instructions import fma
 from nvfp4dsl.kernels.quantize import (
     LOAD_BYTES,
-    SATURATED,
     Destination,
     Rows,
     Scaling,
@@ -104,7 +103,7 @@ class RowNorm:
             self.out.place(self.batch, self.row, block)
             self.out.store(0, low, high, scale)
             if cutlass.const_expr(count):
-                count_saturated(self.mSaturation, wanted > SATURATED)
+                count_saturated(self.mSaturation, wanted > E4M3_SATURATED)
 
     @cute.jit
     def _sum_squares(self, block: Int32, squares: Float32):

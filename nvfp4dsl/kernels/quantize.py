@@ -11,13 +11,24 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 
 from nvfp4dsl.config.quantize import QuantizePlan, QuantizeSpec, QuantizeTile, plan
 from nvfp4dsl.config.spec import FLOAT_BYTES, WARP
-from nvfp4dsl.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN_SUBNORMAL, FP32_MIN_NORMAL, NIBBLES
+from nvfp4dsl.constants import (
+    BLOCK,
+    E2M1_FOUR,
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_MIN_SUBNORMAL,
+    E4M3_SATURATED,
+    FOUR_OVER_SIX_SCALE_MAX,
+    FP32_MIN_NORMAL,
+    NIBBLES,
+)
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.e2m1 import (
     GLOBAL_MAX,
     GLOBAL_MIN,
     add_global,
     bits_of_float,
+    decode_e2m1_word,
     divide,
     encode_e2m1x8,
     encode_halved_e2m1x8,
@@ -37,7 +48,7 @@ from nvfp4dsl.kernels.e2m1 import (
 )
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.functions import silu
-from nvfp4dsl.kernels.instructions import pack_half2
+from nvfp4dsl.kernels.instructions import fma, pack_half2
 from nvfp4dsl.layouts import (
     SCALE_ATOM_BLOCKS,
     SCALE_ATOM_BYTES,
@@ -53,8 +64,6 @@ ALIGN = 8  # of what kernels write: blocks of codes
 #: rows this far apart have their scales next to each other in an atom
 ROW_GROUP, GROUP_SCALE_STRIDE = SCALE_ATOM_SHAPE[0][0], SCALE_ATOM_STRIDE[0][1]
 SCALE_ATOM = IntLayout(SCALE_ATOM_SHAPE, SCALE_ATOM_STRIDE)
-#: e4m3 rounds what is above this (halfway to the next value, had it one) past its largest value
-SATURATED = 464.0
 NAN_CODES = 0x77777777
 INFINITY_BITS, FP32_MAX = 0x7F800000, (2 - 2.0**-23) * 2.0**127
 
@@ -237,19 +246,20 @@ class Quantize:
             low, high, scale, wanted = scaling.quantize(*source.block(words))
             out.store(i, low, high, scale)
             if cutlass.const_expr(plan.spec.count):
-                count_saturated(mSaturation, wanted > SATURATED)
+                count_saturated(mSaturation, wanted > E4M3_SATURATED)
 
 
 @cute.jit
 def _dynamic_scale(plan, mPartials: cute.Tensor, mGlobal: cute.Tensor, batch, thread, first):
     """amax / (448 * 6) out of the partial maxima, kept normal; 1 where all is zero. The first CTA writes it."""
+    largest_scale = FOUR_OVER_SIX_SCALE_MAX if plan.spec.four_over_six else E4M3_MAX
     groups, shares = mPartials.shape
     group = cutlass.min(batch, groups - 1)
     largest = Int32(0)
     for share in cutlass.range(thread, shares, plan.tile.threads, unroll=1):
         largest = cutlass.max(largest, bits_of_float(mPartials[group, share]))
     amax = float_of_bits(CtaMaximum(plan.tile.threads).of(largest))
-    scale = maximum(divide(amax, Float32(E4M3_MAX * E2M1_MAX)), Float32(FP32_MIN_NORMAL))
+    scale = maximum(divide(amax, Float32(E2M1_MAX * largest_scale)), Float32(FP32_MIN_NORMAL))
     if amax == 0.0:
         scale = Float32(1.0)
     if first and batch < groups:
@@ -350,37 +360,50 @@ class Scaling:
         valid = cutlass.and_(global_scale >= FP32_MIN_NORMAL, global_scale <= FP32_MAX)
         self.global_scale = cutlass.select_(valid, global_scale, Float32(float("nan")))
         self.near_one = cutlass.and_(global_scale >= GLOBAL_MIN, global_scale <= GLOBAL_MAX)
-        self.unit = multiply(self.global_scale, Float32(E2M1_MAX))
-        self.per_unit = reciprocal(self.unit)
+        # what a block scale of 1 makes of the largest code
+        largest = (E2M1_MAX, E2M1_FOUR) if plan.spec.four_over_six else (E2M1_MAX,)
+        self.units = [multiply(self.global_scale, Float32(code)) for code in largest]
+        self.per_unit = [reciprocal(unit) for unit in self.units]
+        if plan.spec.four_over_six:
+            self.per_global = divide(Float32(1.0), self.global_scale)
 
     @cute.jit
     def quantize(self, values: list, amax: Float32):
-        """(codes of the first eight, of the others, scale byte, the scale before rounding)."""
+        """(codes of the first eight, of the others, scale byte, the scale before rounding if 6 is the largest code)."""
         low, high, scale, wanted = Int32(0), Int32(0), Int32(0), Float32(0.0)
         if cutlass.const_expr(self.plan.spec.dtype == "fp32"):
-            low, high, scale, wanted = self._by_division(values, amax)
+            low, high, scale, wanted = self._best(self._by_division, values, amax)
         # all threads go the same way
         elif self.near_one:
-            low, high, scale, wanted = self._by_reciprocal(values, amax)
+            low, high, scale, wanted = self._best(self._by_reciprocal, values, amax)
         else:
-            low, high, scale, wanted = self._by_division(values, amax)
+            low, high, scale, wanted = self._best(self._by_division, values, amax)
         return low, high, scale, wanted
 
-    def _by_reciprocal(self, values: list, amax: Float32):
+    def _best(self, method, values: list, amax: Float32) -> tuple:
+        """Of the ranges there are, the one with the smaller error."""
+        (*six, step), wanted = method(values, amax, 0)
+        if not self.plan.spec.four_over_six:
+            return *six, wanted
+        (*four, step4), _ = method(values, amax, 1)
+        fewer = self._error(values, four, step4) < self._error(values, six, step)
+        return *(cutlass.select_(fewer, a, b) for a, b in zip(four, six, strict=True)), wanted
+
+    def _by_reciprocal(self, values: list, amax: Float32, unit: int) -> tuple:
         """What :func:`reciprocal` serves: values of 16 bits, global scales that are neither huge nor tiny."""
-        wanted = quotient(amax, *self.per_unit)
+        wanted = quotient(amax, *self.per_unit[unit])
         scale, step = self._step(wanted)
         parts = reciprocal(step if self.plan.hardware_e2m1 else step + step)
-        return *self._encode([quotient(x, *parts) for x in values], step), scale, wanted
+        return (*self._encode([quotient(x, *parts) for x in values], step), scale, step), wanted
 
-    def _by_division(self, values: list, amax: Float32):
+    def _by_division(self, values: list, amax: Float32, unit: int) -> tuple:
         """The recipe as it is written."""
-        wanted = divide(amax, self.unit)
+        wanted = divide(amax, self.units[unit])
         scale, step = self._step(wanted)
         quotients = [divide(x, step) for x in values]
         if not self.plan.hardware_e2m1:
             quotients = [multiply(q, Float32(0.5)) for q in quotients]
-        return *self._encode(quotients, step), scale, wanted
+        return (*self._encode(quotients, step), scale, step), wanted
 
     def _step(self, wanted: Float32) -> tuple[Int32, Float32]:
         """(scale byte, what a code of 1 stands for)."""
@@ -394,6 +417,15 @@ class Scaling:
             return [encode_e2m1x8(half) for half in halves]
         nan = bits_of_float(step) > INFINITY_BITS
         return [cutlass.select_(nan, Int32(NAN_CODES), encode_halved_e2m1x8(half)) for half in halves]
+
+    def _error(self, values: list, result: list, step: Float32) -> Float32:
+        """Sum of the squared errors, in units of the global scale."""
+        total = Float32(0.0)
+        codes = [code for word in result[:2] for code in decode_e2m1_word(word)]
+        for x, code in zip(values, codes, strict=True):
+            off = multiply(fma(code, step, -x), self.per_global)
+            total = fma(off, off, total)
+        return total
 
 
 class Destination:
