@@ -104,7 +104,8 @@ class Consumer:
             if cutlass.const_expr(len(begun) > 0):
                 self.mainloop.multiply(accumulators, begun, slice(LEAD, None))
             self._keep(pending, ahead)
-            for k in cutlass.range(1, coord.k_tiles, unroll=1):
+            # A stage of one step is loaded while another is held: two of them a round, and neither has to be moved.
+            for k in cutlass.range(1, coord.k_tiles, unroll=2 if self.mainloop.steps == 1 else 1):
                 self.ring.consumer_wait(state, arrived)
                 started, newest = self._read(accumulators, self._kept(pending), buffers, state.index)
                 cute.arch.sync_warp()
