@@ -44,8 +44,8 @@ def quantize(
     Args:
         saturation: count the blocks that ``global_scale`` is too small for.
     """
-    target = dispatch.site(x.device)
     if row_ends is not None:
+        target = dispatch.site(x.device)
         quantized = reference.quantize(
             x, global_scale, row_ends=row_ends, per_matrix=per_matrix, four_over_six=four_over_six
         )
@@ -113,17 +113,17 @@ def quantize_rms_norm(
     if scale is None:
         raise OperandError("quantize_rms_norm needs a global scale: calibrate one, see nvfp4dsl.Calibration")
     counts = saturation.counts(x.device) if saturation else None
-    target = dispatch.site(x.device)
-    if target is None:
+    target = _target_at(x.device)
+    if not target:
         y, h = reference.rms_norm(x, weight, eps, residual)
         if residual is not None:
             residual.copy_(h)
         return _quantized(y, None, scale, False, False, saturation)
-    layout = _layout(target)
+    layout = _written(target)
     qdata, scales = torch.ops.nvfp4dsl.quantize_rms_norm(x, weight, eps, scale, residual, layout, counts)
     if saturation:
         saturation.check()
-    return prepare(_tensor(qdata, scales, scale, layout, *x.shape[-2:], []), target.name)
+    return _own_layout(_tensor(qdata, scales, scale, layout, *x.shape[-2:], []), target)
 
 
 def _check_like(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -134,9 +134,21 @@ def _check_like(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor
         )
 
 
-def _layout(target: Target) -> str:
+@torch.compiler.assume_constant_result
+def _target_at(device: torch.device) -> str:
+    """Name of the target that serves a device, "" for the oracle; a constant to torch.compile."""
+    target = dispatch.site(device)
+    return target.name if target else ""
+
+
+@torch.compiler.assume_constant_result
+def _written(target: str) -> str:
     """What the quantization kernels write for a target: its own layout, if it is one of theirs."""
-    return BLACKWELL if layout_for(target.name) == BLACKWELL else CANONICAL
+    return BLACKWELL if layout_for(target) == BLACKWELL else CANONICAL
+
+
+def _own_layout(t: NVFP4Tensor, target: str) -> NVFP4Tensor:
+    return t if t.layout == BLACKWELL else prepare(t, target)
 
 
 def _quantized(
@@ -155,8 +167,8 @@ def _quantized(
             "saturation is counted against a global scale, and there is none: a tensor's own always fits"
         )
     counts = saturation.counts(x.device) if saturation else None
-    target = dispatch.site(x.device)
-    if target is None:
+    target = _target_at(x.device)
+    if not target:
         value = x if up is None else reference.silu_mul(x, up)
         quantized = reference.quantize(value, scale, per_matrix=per_matrix, four_over_six=four_over_six)
         if counts is not None and scale is not None:
@@ -164,10 +176,10 @@ def _quantized(
     else:
         if x.device.type == "cpu":
             reference.check_finite(x)
-        written = layout or _layout(target)
-        qdata, scales, *own = torch.ops.nvfp4dsl.quantize(x, up, scale, written, per_matrix, four_over_six, counts)
-        quantized = _tensor(qdata, scales, own[0] if scale is None else scale, written, *x.shape[-2:], [])
-        quantized = quantized if layout else prepare(quantized, target.name)
+        written = layout or _written(target)
+        qdata, scales, own = torch.ops.nvfp4dsl.quantize(x, up, scale, written, per_matrix, four_over_six, counts)
+        quantized = _tensor(qdata, scales, own if scale is None else scale, written, *x.shape[-2:], [])
+        quantized = quantized if layout else _own_layout(quantized, target)
     if saturation:
         saturation.check()
     return quantized
@@ -346,8 +358,8 @@ def _quantize(
     per_matrix: bool,
     four_over_six: bool,
     counts: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """Codes, scale bytes, and x's own global scale unless one is given."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scale bytes, and x's own global scale; nothing, [0], if one is given."""
     codes, scales, own, _ = quantization.quantize(
         x,
         global_scale,
@@ -357,14 +369,14 @@ def _quantize(
         four_over_six=four_over_six,
         saturation=counts,
     )
-    return [codes, scales] if own is None else [codes, scales, own]
+    return codes, scales, x.new_empty(0, dtype=torch.float32) if own is None else own
 
 
 @_quantize.register_fake
 def _(x, up, global_scale, layout, per_matrix, four_over_six, counts):
     codes, scales, _ = quantization.empty(x, layout)
-    own = [] if global_scale is not None else [quantization.empty_scale(x, per_matrix)]
-    return [codes, scales, *own]
+    nothing = x.new_empty(0, dtype=torch.float32)
+    return codes, scales, quantization.empty_scale(x, per_matrix) if global_scale is None else nothing
 
 
 @torch.library.custom_op("nvfp4dsl::quantize_rms_norm", mutates_args=("residual", "counts"))
