@@ -1,9 +1,9 @@
 """The arithmetic of NVFP4 quantization, one function a step, with every rounding spelled out in PTX.
 
-``x / d`` is correctly rounded as far as a comparison with a rounding boundary of e2m1 or e4m3 can tell, without a
-division: ``1/d`` as the sum of two fp32 numbers, so that ``fma(x, high, x * low)`` errs by under 2^-22 of half a unit
-in the last place before it is rounded. No x of at most 11 significant bits has a quotient so close to where the
-comparison turns that this could matter; a test goes through all of them. (fp32 has 24 bits, so it takes ``div.rn``.)
+``x / d`` is correctly rounded, as far as a comparison with a rounding boundary of e2m1 or e4m3 can tell, without a
+division: ``1/d`` is the sum of two fp32 numbers, and ``fma(x, high, x * low)`` is off by under 2^-41 before it is
+rounded. No x of at most 11 significant bits has a quotient so close to where a comparison turns that this matters; a
+test goes through all of them. (fp32 has 24 bits, so it takes ``div.rn``.)
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ RECIPROCAL_ULPS = 3
 """``rcp.approx`` errs by at most 2^-23, two units in the last place; three less, and it is surely below 1/d, so that
 both parts of the reciprocal are positive and a quotient keeps the sign of a zero."""
 
+_EXCESS = "0f3F800008"  # 1 + 2^-20
+
 # Between these, no part of a reciprocal is subnormal or infinite, whatever the block scale (2^-9 to 448).
 GLOBAL_MIN, GLOBAL_MAX = 2.0**-110, 2.0**90
 
@@ -27,11 +29,16 @@ _MAGIC, _MAGIC_SUM = "0f4B000000", 0xFB000000
 
 @dsl_user_op
 def reciprocal(d: Float32, *, loc=None, ip=None) -> tuple[Float32, Float32]:
-    """1/d in two parts, both positive; their sum errs by 2^-44 of it at most. d from 2^-125 to 2^100."""
+    """1/d in two parts, both positive; their sum exceeds it by at most 2^-41 of it. d from 2^-125 to 2^100.
+
+    That it does not fall short matters for one quotient: a power of two by a d whose significand is all ones is 2^-48
+    above where rounding to nearest goes up.
+    """
     text = (
         "{ .reg .b32 i; .reg .f32 r, e; rcp.approx.ftz.f32 r, $2; "
         f"mov.b32 i, r; sub.s32 i, i, {RECIPROCAL_ULPS}; mov.b32 r, i; "
-        "neg.f32 e, $2; fma.rn.f32 e, e, r, 0f3F800000; mul.rn.f32 $1, e, r; mov.b32 $0, r; }"
+        "neg.f32 e, $2; fma.rn.f32 e, e, r, 0f3F800000; mul.rn.f32 e, e, r; "
+        f"mul.rn.f32 $1, e, {_EXCESS}; mov.b32 $0, r; }}"
     )
     return _asm_tuple(Float32, 2, [d], text, "=&f,=&f,f", pure=True, loc=loc, ip=ip)
 

@@ -16,7 +16,7 @@ from nvfp4dsl.testing import assert_close, tensors, tie_tensors
 TARGETS = ("sm_90a", "sm_100a", "sm_120a", "sm_121a")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows, K: nothing here divides 128 rows, 64 k or a tile; a single row; K = 16.
-SHAPES = [(1, 16), (7, 80), (131, 272), (33, 1040)]
+SHAPES = [(1, 16), (7, 80), (131, 272)]
 SEARCH = settings(
     derandomize=True, max_examples=12, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -26,14 +26,20 @@ def _random(*shape, seed=0, dtype=torch.bfloat16):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _check(x, global_scale, target, layout="blackwell", per_matrix=False, seed=0, tile=None):
+def _check(x, global_scale, target, layout="blackwell", per_matrix=False, seed=0, tile=None, four_over_six=False):
     """Codes, swizzled and linear scales, and the global scale: all of the reference's bytes, pads included."""
     with nv.emulate(target, max_ctas=3, seed=seed) as emulation:
         codes, scales, own, linear = quantization.quantize(
-            x, global_scale, layout=layout, per_matrix=per_matrix, linear_scales=True, tile=tile
+            x,
+            global_scale,
+            layout=layout,
+            per_matrix=per_matrix,
+            linear_scales=True,
+            tile=tile,
+            four_over_six=four_over_six,
         )
     assert all(run.kernel.meta["spills"] == 0 for run in emulation.runs)
-    expected = reference.quantize(x, global_scale, per_matrix=per_matrix)
+    expected = reference.quantize(x, global_scale, per_matrix=per_matrix, four_over_six=four_over_six)
     if own is None:
         assert global_scale is not None
     else:
@@ -50,6 +56,7 @@ def _check(x, global_scale, target, layout="blackwell", per_matrix=False, seed=0
 def test_shapes(target, shape):
     _check(_random(*shape), torch.tensor(0.013), target)
     _check(_random(*shape, seed=1), None, target)
+    _check(_random(*shape, seed=2), None, target, "canonical", four_over_six=True)
 
 
 @pytest.mark.parametrize(("target", "dtype"), [*itertools.product(("sm_90a", "sm_121a"), DTYPES)], ids=str)
@@ -62,10 +69,19 @@ def test_dtypes_batches_and_layouts(target, dtype):
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_121a"])
 @SEARCH
-@given(tie_tensors())
-def test_ties(target, case):
+@given(tie_tensors(), st.booleans())
+def test_ties(target, case, four_over_six):
     x, global_scale = case
-    _check(x, global_scale, target, "canonical")
+    _check(x, global_scale, target, "canonical", four_over_six=four_over_six)
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_121a"])
+def test_divisors_of_all_ones(target):
+    """A quarter, by such a divisor, is nearer to a tie than any other quotient."""
+    x = torch.exp2(torch.arange(-8.0, 8.0)).repeat(8, 2).bfloat16()
+    x[:, 16:] *= -1
+    x[:, 0] = 6 * torch.exp2(torch.arange(8.0))
+    _check(x, torch.nextafter(torch.tensor(0.25), torch.tensor(0.0)), target, "canonical")
 
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_121a"])
@@ -140,8 +156,9 @@ def test_no_rows():
     assert not emulation.runs
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"), [*((t, torch.bfloat16) for t in TARGETS), ("sm_90a", torch.float16)], ids=str
+)
 def test_silu_mul(target, dtype):
     gate, up = _random(37, 144, dtype=dtype) * 6, _random(37, 144, seed=1, dtype=dtype)
     gate[0, :8] = torch.tensor([0.0, -0.0, -200, 200, -88, 88, -1000, 1e4])
@@ -157,11 +174,10 @@ def test_silu_mul(target, dtype):
         assert own is None or torch.equal(own, expected.global_scale)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("target", "added"), [*((t, True) for t in TARGETS), ("sm_90a", False)], ids=str)
 def test_rms_norm(target, added):
     """K = 80: fewer blocks than threads; 4368: more, and not as many for each."""
-    for (m, k), dtype in (((3, 80), torch.bfloat16), ((2, 4368), torch.bfloat16), ((2, 48), torch.float16)):
+    for (m, k), dtype in (((3, 80), torch.float16), ((2, 4368), torch.bfloat16)):
         x, weight, scale = _random(m, k, dtype=dtype) * 8, _random(k, seed=1, dtype=dtype), torch.tensor(0.005)
         residual = _random(m, k, seed=2, dtype=dtype) if added else None
         y, h = reference.rms_norm(x, weight, 1e-5, residual)
