@@ -8,6 +8,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -50,7 +51,11 @@ class Copy:
         half = problem.bytes // 2 // 16 * 16
         sources = [torch.randint(0, 128, (half,), dtype=torch.uint8, device="cuda") for _ in problem.operands()]
         self._pairs = [(source, torch.empty_like(source)) for source in sources]  # a captured graph keeps none alive
-        return [lambda s=s, t=t: t.copy_(s).view(torch.float32) for s, t in self._pairs]
+        return [partial(self._copy, *pair) for pair in self._pairs]
+
+    @staticmethod
+    def _copy(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return target.copy_(source).view(torch.float32)
 
     def check(self, problem: Rows, outputs: Sequence[torch.Tensor | None]) -> float:
         return 0.0
@@ -66,7 +71,10 @@ class Quantizer:
         self._x = problem.operands()
         scale = None if problem.dynamic else torch.full((), 0.002, device="cuda")
         self._scale = scale
-        return [lambda x=x: self.codes(x, scale).view(torch.float32) for x in self._x]
+        return [partial(self._call, x, scale) for x in self._x]
+
+    def _call(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return self.codes(x, scale).view(torch.float32)
 
     def codes(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError
@@ -120,7 +128,8 @@ def main() -> None:
     print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, commit {facts['commit']}")
     tiles = [QuantizeTile.parse(text) for text in options.tiles.split(",") if text]
     for text, dynamic in itertools.product(options.shapes.split(","), (False, True)):
-        problem = Rows(*(int(number) for number in text.split("x")), dynamic)
+        m, k = (int(number) for number in text.split("x"))
+        problem = Rows(m, k, dynamic)
         peers: list = [Copy(), Ours(), Ours(CANONICAL), *(Ours(tile=tile) for tile in tiles)]
         if not options.no_compile:
             peers.append(Compiled())

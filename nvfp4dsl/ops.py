@@ -123,7 +123,7 @@ def quantize_rms_norm(
     qdata, scales = torch.ops.nvfp4dsl.quantize_rms_norm(x, weight, eps, scale, residual, layout, counts)
     if saturation:
         saturation.check()
-    return _own_layout(_tensor(qdata, scales, scale, layout, *x.shape[-2:], []), target)
+    return _own_layout(_tensor(qdata, scales, scale, layout, x.shape[-2], x.shape[-1], []), target)
 
 
 def _check_like(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -178,7 +178,8 @@ def _quantized(
             reference.check_finite(x)
         written = layout or _written(target)
         qdata, scales, own = torch.ops.nvfp4dsl.quantize(x, up, scale, written, per_matrix, four_over_six, counts)
-        quantized = _tensor(qdata, scales, own if scale is None else scale, written, *x.shape[-2:], [])
+        own = own if scale is None else scale
+        quantized = _tensor(qdata, scales, own, written, x.shape[-2], x.shape[-1], [])
         quantized = quantized if layout else _own_layout(quantized, target)
     if saturation:
         saturation.check()

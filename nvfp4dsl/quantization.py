@@ -108,10 +108,7 @@ def quantize(
         raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
     *batch, m, k = x.shape
     codes, scales, linear = empty(x, layout, linear_scales)
-    dynamic = global_scale is None
-    if dynamic:
-        global_scale = empty_scale(x, per_matrix)
-    own = global_scale if dynamic else None
+    own = empty_scale(x, per_matrix) if global_scale is None else None
     if not x.numel():
         if own is not None:
             own.fill_(1.0)
@@ -124,16 +121,16 @@ def quantize(
         dtype=dispatch.FLOATS[x.dtype],
         source="rows" if up is None else "silu_mul",
         layout=layout,
-        dynamic=dynamic,
+        dynamic=own is not None,
         count=saturation is not None,
         linear=linear is not None,
         four_over_six=four_over_six,
     )
     partials = None
-    if dynamic:
-        partials = _partials(rows, up_rows, global_scale.numel(), target.name, sms)
-        scale_vector = global_scale.view(-1)
-    else:
+    if own is not None:
+        partials = _partials(rows, up_rows, own.numel(), target.name, sms)
+        scale_vector = own.view(-1)
+    elif global_scale is not None:
         scale_vector = global_scale.expand(batch).reshape(matrices)
     _launch(
         dispatch.kernel_for(spec, tile, target.name),  # type: ignore[arg-type]
@@ -151,7 +148,7 @@ def quantize(
             "codes",
             "scales",
             *(["linear"] if linear is not None else []),
-            *(["global_scale"] if dynamic else []),
+            *(["global_scale"] if own is not None else []),
         ),
         updates=("saturation",) if saturation is not None else (),
     )

@@ -1,5 +1,7 @@
 """RMSNorm, with or without the addition before it, fused with quantization."""
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
@@ -71,18 +73,30 @@ class NormQuantize:
         thread, _, _ = cute.arch.thread_idx()
         row, batch, _ = cute.arch.block_idx()
         out = Destination(self.plan, mX.shape[2], mCodes, mScales, mLinear)
-        norm = RowNorm(self.plan, mX, mResidual, mWeight, mSaturation, batch, row, thread)
-        norm.scaling, norm.out = Scaling(self.plan, mGlobal[batch]), out
-        norm.run(eps)
+        scaling = Scaling(self.plan, mGlobal[batch])
+        RowNorm(self.plan, mX, mResidual, mWeight, scaling, out, mSaturation, batch, row, thread).run(eps)
 
 
 class RowNorm:
     """What the threads of a row's CTA do; thread t takes its blocks t, t + 256, .."""
 
-    def __init__(self, plan: QuantizePlan, mX, mResidual, mWeight, mSaturation, batch: Int32, row, thread):
+    def __init__(
+        self,
+        plan: QuantizePlan,
+        mX: cute.Tensor,
+        mResidual: cute.Tensor | None,
+        mWeight: cute.Tensor,
+        scaling: Scaling,
+        out: Destination,
+        mSaturation: cute.Tensor | None,
+        batch: Int32,
+        row: Int32,
+        thread: Int32,
+    ):
         self.plan, self.mWeight, self.mSaturation = plan, mWeight, mSaturation
+        self.scaling, self.out = scaling, out
         self.x = Rows(plan, mX)
-        self.residual = None if mResidual is None else Rows(plan, mResidual)
+        self.residual: Any = None if mResidual is None else Rows(plan, mResidual)
         self.batch, self.row, self.thread = batch, row, thread
         self.slots = SmemAllocator().allocate_array(Float32, plan.tile.threads // WARP)
 

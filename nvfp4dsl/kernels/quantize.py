@@ -4,6 +4,8 @@ A stream: a thread takes a block of 16 values, some rows apart so that several l
 global scale is shared. :mod:`nvfp4dsl.kernels.e2m1` has the arithmetic, :mod:`nvfp4dsl.reference` the recipe.
 """
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8
@@ -306,7 +308,7 @@ class Rows:
             address += step
         return words
 
-    def block(self, words: list) -> tuple[list, Float32]:
+    def block(self, words: Any) -> tuple[list, Float32]:
         """(values, the largest magnitude among them, NaN if there is one)."""
         values = self.values(words)
         if self.dtype == "fp32":
@@ -337,7 +339,7 @@ class SiluMul:
     def load(self, batch: Int32, row: Int32, block: Int32, count: int) -> list[tuple]:
         return list(zip(*(part.load(batch, row, block, count) for part in (self.gate, self.up)), strict=True))
 
-    def block(self, words: tuple) -> tuple[list, Float32]:
+    def block(self, words: Any) -> tuple[list, Float32]:
         pairs = zip(self.gate.values(words[0]), self.up.values(words[1]), strict=True)
         return self.gate.block(self.gate.words([multiply(silu(gate), up) for gate, up in pairs]))
 

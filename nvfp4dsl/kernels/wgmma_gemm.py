@@ -405,7 +405,9 @@ class Consumer:
             cute.arch.cluster_wait()
 
     def _multiply(self, accumulators, here, unit, before, condition) -> int:
-        return self.mainloop.multiply(accumulators, *here, unit, lambda: self.ring.release(before, condition))
+        stage, codes, scales = here
+        release = lambda: self.ring.release(before, condition)  # noqa: E731 (a def would be traced)
+        return self.mainloop.multiply(accumulators, stage, codes, scales, unit, release)
 
 
 class PartialSums:
