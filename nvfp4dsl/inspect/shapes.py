@@ -6,10 +6,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan
+from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan, wgmma
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.errors import InspectError
 from nvfp4dsl.inspect.report import NOTE, Report
+from nvfp4dsl.layouts import ceil_div, round_up
 from nvfp4dsl.targets import Device
 
 #: bytes of an NVFP4 element: half a byte of code and its share of a block scale.
@@ -18,14 +19,15 @@ NVFP4_BYTES = 0.5 + 1 / BLOCK
 MEMORY_EFFICIENCY = 0.9
 #: share of the dense bf16 peak that cuBLAS reaches (790 of 989 TFLOP/s on an H200).
 BF16_EFFICIENCY = 0.8
-#: share of its own simulated rate at which a main loop was found to run (wgmma kernels on an H200).
-LOOP_EFFICIENCY = 0.95
+#: share of the tensor pipe's rate, and of issue slots, that main loops reach (wgmma kernels on an H200).
+TENSOR_EFFICIENCY, ISSUE_EFFICIENCY = 0.975, 0.54
 #: GHz that a card holds under tensor load, where that is known to be less than its boost clock.
 LOAD_CLOCK_GHZ = {"H200": 1.755}
-#: microseconds of a call that moves nothing in a graph of such calls, and from then until the first loads have landed.
-LAUNCH_US, FILL_US = 1.1, 0.7
-#: bytes of output that a multiprocessor stores a cycle, bytes that TMA brings it from L2.
-STORE_BYTES_PER_CLOCK, TMA_BYTES_PER_CLOCK = 16, 64
+#: microseconds of a call that moves nothing in a graph of such calls; from then until the first loads have landed; what
+#: an output tile takes besides its loop and its stores; what adding sums of split K takes, and again for each 16 Ki.
+LAUNCH_US, FILL_US, TILE_US, SPLIT_US = 1.1, 1.1, 1.2, 0.6
+#: bytes of output that a multiprocessor stores a cycle, bytes that it draws from L2 while all of them do.
+STORE_BYTES_PER_CLOCK, L2_BYTES_PER_CLOCK = 16, 33
 #: largest M that the search for the point where bf16 overtakes looks at.
 MAX_M = 1 << 16
 
@@ -113,24 +115,30 @@ def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -
         raise InspectError(f"the rate of {report.mma} on sm_{report.sm} is unknown, so no time can be predicted")
     tile, clock = plan.tile, LOAD_CLOCK_GHZ.get(device.name, device.clock_ghz)
     tasks, ctas, waves = _waves(plan, device, m, n)
-    resident, busy = -(-ctas // device.sms), min(ctas, device.sms)
-    share = -(-k // (tile.k * tile.split)) * tile.k
-    mmas = tile.m * tile.n * share / math.prod(report.mma_shape) / report.mma_pipes
-    loop = resident * mmas * report.cycles_per_mma_with(resident) / LOOP_EFFICIENCY
-    store = resident * tile.m * tile.n * FLOAT_BYTES[plan.spec.out_dtype] / STORE_BYTES_PER_CLOCK / tile.split
-    operands = tasks * (_x_bytes(plan.spec, tile.m, k) + tile.n * k * NVFP4_BYTES) / tile.split
+    resident = ceil_div(ctas, device.sms)
+    mmas = tile.m * tile.n * round_up(ceil_div(k, tile.split), tile.k) / math.prod(report.mma_shape) / report.mma_pipes
+    issue = report.bounds["issue"] / report.bounds["tensor"] * report.mma_cycles / ISSUE_EFFICIENCY
+    loop = resident * mmas * max(report.cycles_per_mma_with(resident) / TENSOR_EFFICIENCY, issue)
+    outputs = resident * tile.m * tile.n
+    store = max(outputs * FLOAT_BYTES[plan.spec.out_dtype] / STORE_BYTES_PER_CLOCK, report.tile_overhead_cycles)
+    wave = (loop + store) / clock * 1e-3 + TILE_US + (SPLIT_US * (1 + outputs / 16384) if tile.split > 1 else 0)
+    operands = tasks / tile.split * (_x_bytes(plan.spec, tile.m, k) / tile.multicast + tile.n * k * NVFP4_BYTES)
     return {
-        "compute": waves * (loop + max(store, report.tile_overhead_cycles)) / clock * 1e-3,
-        "l2": operands / (busy * TMA_BYTES_PER_CLOCK * clock) * 1e-3,
+        "compute": waves * wave,
+        "l2": operands / (device.sms * L2_BYTES_PER_CLOCK * clock) * 1e-3 + TILE_US,
         "memory": _bytes(plan.spec, m, n, k) / (device.memory_gbps * MEMORY_EFFICIENCY) * 1e-3,
     }
 
 
 def _waves(plan: Plan, device: Device, m: int, n: int) -> tuple[int, int, int]:
     """(tasks, CTAs that run at a time, tasks of the busiest of them); a task is a CTA's part of an output tile."""
-    tasks = -(-m // plan.tile.m) * -(-n // plan.tile.n) * plan.tile.split
-    ctas = min(tasks, device.sms * plan.ctas_per_sm)
-    return tasks, ctas, -(-tasks // ctas)
+    tile = plan.tile
+    tasks = ceil_div(m, tile.m) * round_up(ceil_div(n, tile.n), tile.multicast) * tile.split
+    places = device.sms * plan.ctas_per_sm
+    if (cluster := tile.split * tile.multicast) > 1 and device.target == "sm_90a":
+        places = places * wgmma.RESIDENT[cluster] // wgmma.RESIDENT[1]
+    ctas = min(tasks, places)
+    return tasks, ctas, ceil_div(tasks, ctas)
 
 
 def _x_bytes(spec: GemmSpec, m: int, k: int) -> float:
