@@ -46,7 +46,7 @@ WORKSPACE, ZEROED = ("partials", "arrivals"), ("arrivals",)
 OVERLAPS = {"weights": (True, True), "launch": (True, False), "none": (False, True)}
 DEFAULT_OVERLAP = "weights"
 #: most tokens for which the skinny kernel is the faster one, where there is another
-SKINNY_TOKENS = 16
+SKINNY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,8 @@ def first_device_sms(target: str) -> int:
 def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -> TileConfig:
     """The tile for an output of ``m`` x ``n`` over ``k`` on a device of ``sms`` multiprocessors.
 
-    W4A4: the fastest by the model of :func:`nvfp4dsl.config.omma.cycles`. W4A16: the fewest tokens that hold M; and 32
-    rows of the weight at a time rather than 16, which halves the reads of x, once 16 would give more tiles than CTAs
-    run at a time (two an SM). With fewer tiles than that, more of them keep more of the chip at work
-    (docs/measured.md).
+    W4A4: the fastest by the model of :func:`nvfp4dsl.config.omma.cycles`. W4A16: :func:`nvfp4dsl.config.skinny.choose`,
+    and for more tokens, where there is WGMMA, :func:`nvfp4dsl.config.wgmma.choose`.
 
     Raises:
         TargetError: the target has no kernel for the spec.
@@ -162,11 +160,7 @@ def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -
     if spec.activation == "bf16":
         if m > SKINNY_TOKENS and "wgmma" in get_target(target).mainloops["bf16"]:
             return wgmma.choose(m, n, k, sms)
-        candidates = [tile for tile in candidates if tile in skinny.TILES]
-        tokens = next((tile.m for tile in candidates if tile.m >= m), candidates[-1].m)
-        rows = {tile.n: tile for tile in candidates if tile.m == tokens}
-        small, large = min(rows), max(rows)
-        return rows[large if -(-n // small) > 2 * sms else small]
+        return skinny.choose(spec, m, n, k, get_target(target), sms)
     return omma.choose(m, n, k, sms)
 
 

@@ -15,6 +15,7 @@ from nvfp4dsl.kernels.flat import ALIGNED_X, FlatRows
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
 from nvfp4dsl.kernels.skinny import SkinnyGemm
+from nvfp4dsl.kernels.stationary import StationaryGemm
 from nvfp4dsl.kernels.wgmma_gemm import WgmmaGemm
 from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, SCALE_ATOM_BYTES, TMA_ROW_BYTES
 from nvfp4dsl.targets import get_target
@@ -33,7 +34,8 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | FlatRow
     """
     planned = plan(spec, tile, target)
     if spec.activation == "bf16":
-        kernel = WgmmaGemm if family(spec, tile, target) is wgmma else SkinnyGemm
+        skinny = SkinnyGemm if tile.split == 1 else StationaryGemm
+        kernel = WgmmaGemm if family(spec, tile, target) is wgmma else skinny
         return FlatRows(kernel(planned), _row_divisor(spec)), _w4a16_arguments(spec)
     mainloop = MAINLOOPS[get_target(target).mainloops[spec.activation][0]]
     return Gemm(planned, mainloop), _fake_arguments(spec, tile)

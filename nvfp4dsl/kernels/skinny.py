@@ -1,7 +1,8 @@
 """The skinny GEMM: few tokens against NVFP4 weights, which are decoded in registers and multiplied by bf16 mma.sync.
 
 At decode every weight is read once, so the weights' bytes are the cost, and the kernel is a stream of them. One source
-serves every target: it uses nothing that sm_90a has and sm_12x has not.
+serves every target: it uses nothing that sm_90a has and sm_12x has not. For more than a couple of tokens, targets with
+clusters have :mod:`nvfp4dsl.kernels.stationary`, which shares the stream of weights and its decoding with this one.
 """
 
 import cutlass
@@ -54,8 +55,8 @@ class SkinnyGemm:
     named barrier 1       1           256 threads: partial sums are written
     ====================  ==========  ===================================================
 
-    Launched with programmatic dependent launch, the weights are requested before ``griddepcontrol.wait``: they never
-    depend on the kernel before.
+    Launched with programmatic dependent launch, the weights are requested before ``griddepcontrol.wait`` where they do
+    not depend on the kernel before.
 
     Call arguments: ``x`` (L, M, K) bf16, K contiguous, rows on 16 bytes; ``codes`` (L, N/16, K/64, 512) u8; ``scales``
     (L, N/16, K/64, 64) u8; ``alpha`` (L, N) fp32; ``bias`` (N) or None; ``y`` (L, M, N); ``max_ctas``.
@@ -105,7 +106,7 @@ class SkinnyGemm:
         smem = {f.name: cute.recast_ptr(allocator.allocate(f.bytes, f.align), dtype=Uint8) for f in plan.smem}
 
         first, token_tile, batch = cute.arch.block_idx()
-        weights = WeightStream(plan, mCodes, mScales, smem, batch, warp, lane)
+        weights = WeightStream(plan, mCodes, mScales, smem, batch, warp, Int32(0), lane)
         weights.init_barriers()
         SkinnyWarp(
             plan,
@@ -128,18 +129,8 @@ class SkinnyWarp:
     @cute.jit
     def run(self, first: Int32, stride: Int32):
         plan, tiles, chunks = self.plan, self.weights.row_tiles, self.weights.chunks
-        # The next chunk to ask for: row tile, chunk, addresses. A warp whose share of K is empty never asks.
-        next_tile = first
-        if chunks <= 0:
-            next_tile = tiles
-        ahead = (next_tile, Int32(0), *self.weights.addresses(first))
-        for stage in cutlass.range_constexpr(plan.stages):
-            self.weights.request(*ahead, Int32(stage))
-            ahead = self.weights.advance(*ahead, stride)
-
-        # What the kernel before wrote may be read, and what it read overwritten, only from here on.
-        cute.arch.griddepcontrol_wait()
-        accumulators = cute.make_rmem_tensor((4, plan.blocks[1], plan.blocks[0]), Float32)
+        ahead = self.weights.start(first, stride)
+        accumulators = cute.make_rmem_tensor((4, plan.blocks[1], plan.blocks[0], 1), Float32)
         stage, phase, buffer = Int32(0), Int32(0), Int32(0)
         for tile in cutlass.range(first, tiles, stride, unroll=1):
             accumulators.fill(0.0)
@@ -163,11 +154,12 @@ class SkinnyWarp:
 
 
 class WeightStream:
-    """One warp's ring of weight chunks, and their decoding. Chunk c of a warp is the (8c + warp)-th of a tile."""
+    """One warp's ring of weight chunks, and their decoding. The warps of all ``split`` CTAs take the chunks of K in
+    turn, warp 0 of each CTA first, so that CTAs have equal shares."""
 
-    def __init__(self, plan, mCodes, mScales, smem, batch: Int32, warp: Int32, lane: Int32):
+    def __init__(self, plan, mCodes, mScales, smem, batch: Int32, warp: Int32, rank: Int32, lane: Int32):
         self.plan, self.mCodes, self.mScales = plan, mCodes, mScales
-        self.batch, self.warp, self.lane = batch, warp, lane
+        self.batch, self.lane = batch, lane
         self.rows = plan.blocks[0]
         self.row_tiles = mCodes.shape[1] // self.rows
         # from a row tile of 16 to the next
@@ -177,11 +169,34 @@ class WeightStream:
         self.codes = shared_address(smem["b"]) + warp * (plan.stages * self.rows * CHUNK_CODES)
         self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * self.rows * CHUNK_SCALES)
         self.steps = mCodes.shape[2]
-        self.chunks = (cute.ceil_div(self.steps, CHUNK_STEPS) - warp + (MMA_WARPS - 1)) // MMA_WARPS
+        self.warps, self.number = MMA_WARPS * plan.tile.split, warp * plan.tile.split + rank
+        total = cute.ceil_div(self.steps, CHUNK_STEPS)
+        self.chunks = (total - self.number + (self.warps - 1)) // self.warps
+        self.several = total > self.warps
+
+    @cute.jit
+    def start(self, first: Int32, stride: Int32):
+        """Ask for the first chunks and wait for the end of the kernel before: what it wrote may be read, and what it
+        read overwritten, only then. Weights need not wait where it does not write them.
+
+        Returns the next chunk to ask for: row tile, chunk, addresses. A warp whose share of K is empty never asks.
+        """
+        tile = first
+        if self.chunks <= 0:
+            tile = Int32(self.row_tiles)
+        ahead = (tile, Int32(0), *self.addresses(first))
+        if cutlass.const_expr(not self.plan.spec.early_weights):
+            cute.arch.griddepcontrol_wait()
+        for stage in cutlass.range_constexpr(self.plan.stages):
+            self.request(*ahead, Int32(stage))
+            ahead = self.advance(*ahead, stride)
+        if cutlass.const_expr(self.plan.spec.early_weights):
+            cute.arch.griddepcontrol_wait()
+        return ahead
 
     def first_step(self, chunk: Int32) -> Int32:
         """The k step (of 64) with which a chunk of this warp begins."""
-        return (chunk * MMA_WARPS + self.warp) * CHUNK_STEPS
+        return (chunk * self.warps + self.number) * CHUNK_STEPS
 
     @cute.jit
     def init_barriers(self):
@@ -196,17 +211,17 @@ class WeightStream:
         codes, scales = self.mCodes.iterator.toint(), self.mScales.iterator.toint()
         row = Int64(self.batch) * self.mCodes.shape[1] + row_tile * self.rows
         return (
-            Int64(codes) + row * self.codes_stride + self.warp * CHUNK_CODES,
-            Int64(scales) + row * self.scales_stride + self.warp * CHUNK_SCALES,
+            Int64(codes) + row * self.codes_stride + self.number * CHUNK_CODES,
+            Int64(scales) + row * self.scales_stride + self.number * CHUNK_SCALES,
         )
 
     @cute.jit
     def advance(self, tile: Int32, chunk: Int32, codes: Int64, scales: Int64, stride: Int32):
         """The chunk after this one: the warp's next of the row tile, or its first of the tile ``stride`` on."""
         chunk += 1
-        codes += MMA_WARPS * CHUNK_CODES
-        scales += MMA_WARPS * CHUNK_SCALES
-        rows, read = Int64(stride) * self.rows, Int64(self.chunks) * MMA_WARPS
+        codes += self.warps * CHUNK_CODES
+        scales += self.warps * CHUNK_SCALES
+        rows, read = Int64(stride) * self.rows, Int64(self.chunks) * self.warps
         codes_on = rows * self.codes_stride - read * CHUNK_CODES
         scales_on = rows * self.scales_stride - read * CHUNK_SCALES
         if chunk == self.chunks:
@@ -251,7 +266,7 @@ class WeightStream:
                 for i in cutlass.range_constexpr(self.rows):
                     words = load_shared_v4(codes + (i * CHUNK_CODES + step * FRAGMENT_STEP_BYTES))
                     scales = load_shared_v2(strip + (i * CHUNK_SCALES + step * FRAGMENT_SCALE_BYTES))
-                    _multiply_step(accumulators[None, None, i], words, scales, x[None, None, step])
+                    _multiply_step(accumulators[None, None, i, None], words, scales, x[None, None, step])
 
 
 def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: tuple, x: cute.Tensor) -> None:
@@ -260,9 +275,10 @@ def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: tuple, x: cu
         pair = _scale_pair(scales[i // 2], i % 2 * 2)
         a = [scale_bf16x2(v, pair, register % 2) for register, v in enumerate(decode_e2m1x8(word))]
         for j in range(cute.size(x, mode=[1])):
-            d = hmma([accumulators[e, j] for e in range(4)], a, (x[2 * i, j], x[2 * i + 1, j]))
+            chain = i % cute.size(accumulators, mode=[2])
+            d = hmma([accumulators[e, j, chain] for e in range(4)], a, (x[2 * i, j], x[2 * i + 1, j]))
             for e in range(4):
-                accumulators[e, j] = d[e]
+                accumulators[e, j, chain] = d[e]
 
 
 def _scale_pair(word: Int32, byte: int) -> Int32:
@@ -320,7 +336,7 @@ class Outputs:
                 for e in range(4):
                     row = i * FRAGMENT_ROWS + e // 2 * 8 + self.lane // 4
                     token = j * MMA_N + self.lane % 4 * 2 + e % 2
-                    self.partials[row, token, self.warp, buffer] = accumulators[e, j, i]
+                    self.partials[row, token, self.warp, buffer] = accumulators[e, j, i, 0]
 
     @cute.jit
     def reduce(self, row_tile: Int32, buffer: Int32):

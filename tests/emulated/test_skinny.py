@@ -1,20 +1,31 @@
 """The W4A16 kernel, compiled for each target and executed in the emulator."""
 
-import itertools
-
 import pytest
 import torch
 
 import nvfp4dsl as nv
-from nvfp4dsl import emulator
-from nvfp4dsl.config import plan
+from nvfp4dsl import dispatch, emulator
+from nvfp4dsl.config import GemmSpec, TileConfig, plan
 from nvfp4dsl.emulator import mutate
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.testing import assert_close, bits_differing
 
-# sm_100a only where one shape shows that the same source serves it
-SHAPES = [(1, 16, 16), (1, 40, 4096), (7, 35, 2880), (13, 64, 272), (20, 48, 1040), (70, 48, 528)]
-CASES = [*itertools.product(("sm_90a", "sm_121a"), SHAPES), ("sm_120a", SHAPES[3]), ("sm_100a", SHAPES[3])]
+# sm_100a and sm_120a only where one shape shows that the same source serves them
+SHAPES = [(1, 16, 16), (1, 40, 4096), (7, 35, 2880), (2, 64, 272), (20, 48, 1040), (70, 48, 528)]
+CASES = [
+    *((target, shape) for target in ("sm_90a", "sm_121a") for shape in SHAPES if target == "sm_121a" or shape[0] <= 8),
+    *(("sm_120a", SHAPES[2]), ("sm_100a", SHAPES[2]), ("sm_100a", SHAPES[4])),
+]
+# K of one chunk and of several a warp, tokens and rows that fill no tile, clusters without work for some warps
+SPLIT_CASES = [
+    ("sm_90a", "8x16x2048/2", (1, 35, 80)),
+    ("sm_90a", "8x32x2048/2", (3, 200, 2304)),
+    ("sm_90a", "8x16x2048/4", (8, 100, 2880)),
+    ("sm_90a", "16x32x2048/2", (9, 70, 4624)),
+    ("sm_90a", "16x16x2048/8", (16, 48, 1040)),
+    ("sm_100a", "8x32x2048/8", (5, 65, 528)),
+    ("sm_100a", "16x16x2048/4", (33, 40, 272)),
+]
 
 
 def _random(*shape, seed=0, dtype=torch.bfloat16):
@@ -25,11 +36,32 @@ def _linear(x, weight, target, bias=None, max_ctas=2, seed=0, activation=None):
     prepared = nv.prepare(weight, target, activation="bf16")
     with nv.emulate(target, max_ctas=max_ctas, seed=seed) as emulation:
         y = nv.linear(x, prepared, bias, activation=activation)
-    (run,) = emulation.runs
+    run = emulation.runs[-1]  # before it, one may quantize x
     assert run.kernel.meta["spills"] == 0
     planned = plan(run.kernel.spec, run.kernel.tile, target)
     assert (run.launch.smem_bytes, run.launch.block[0]) == (planned.smem_bytes, planned.threads)
     return y
+
+
+def _forced(x, weight, target, tile, bias=None, out_dtype=torch.bfloat16, seed=0, clusters=2):
+    """As ``nv.linear``, with a tile of the test's choice; ``clusters`` at a time."""
+    prepared = nv.prepare(weight, target, activation="bf16")
+    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    spec = GemmSpec(
+        "bf16", name[out_dtype], None if bias is None else "fp32", aligned_rows=False, whole_chunks=weight.k % 256 == 0
+    )
+    tile = TileConfig.parse(tile)
+    ctas = clusters * tile.split // plan(spec, tile, target).ctas_per_sm
+    with nv.emulate(target, max_ctas=ctas, seed=seed) as emulation:
+        kernel = dispatch.kernel_for(spec, tile, target)
+        y = torch.full((*x.shape[:-1], weight.n), float("nan"), dtype=out_dtype)
+        flat = (x.reshape(-1, x.shape[-1]), *dispatch.linear_operands(prepared), bias, y.view(-1, weight.n))
+        dispatch.run(kernel, flat)
+    (run,) = emulation.runs
+    assert run.kernel.meta["spills"] == 0
+    assert run.launch.cluster == (tile.split, 1, 1)
+    assert run.report.tolerated == []
+    return y, run
 
 
 def _check(y, x, weight, bias=None):
@@ -46,6 +78,23 @@ def test_shapes(target, shape):
     m, n, k = shape
     x, weight = _random(m, k), nv.quantize(_random(n, k, seed=1))
     _check(_linear(x, weight, target), x, weight)
+
+
+@pytest.mark.parametrize(("target", "tile", "shape"), SPLIT_CASES, ids=str)
+def test_k_shared_by_a_cluster(target, tile, shape):
+    m, n, k = shape
+    x, weight = _random(m, k), nv.quantize(_random(n, k, seed=1))
+    y, _ = _forced(x, weight, target, tile)
+    _check(y, x, weight)
+
+
+def test_k_shared_by_a_cluster_in_fp32_with_batch_and_bias():
+    x, bias = _random(3, 5, 528), _random(37, seed=2, dtype=torch.float32)
+    weight = nv.quantize(_random(3, 37, 528, seed=1), row_ends=(10, 37), per_matrix=True)
+    results = [_forced(x, weight, "sm_90a", "8x16x2048/2", bias, torch.float32, seed)[0] for seed in range(3)]
+    expected = x.double() @ nv.dequantize(weight, torch.float64).mT + bias.double()
+    assert_close(results[0], expected, norm=1e-5, element=1e-4)
+    assert all(bits_differing(y, results[0]) == 0 for y in results)
 
 
 def test_batch_bias_and_row_ranges():
@@ -104,7 +153,7 @@ def test_errors():
 
 def test_every_deleted_barrier_fence_and_wait_is_noticed():
     launches = []
-    for m, n, k, ctas in ((3, 100, 2304, 1), (2, 40, 6400, 1)):
+    for m, n, k, ctas in ((1, 100, 2304, 1), (2, 40, 6400, 1)):
         weight = nv.prepare(nv.quantize(_random(n, k, seed=1)), "sm_90a")
         with nv.emulate("sm_90a", max_ctas=ctas) as emulation:
             nv.linear(_random(m, k), weight)
@@ -118,6 +167,19 @@ def test_every_deleted_barrier_fence_and_wait_is_noticed():
     # that never diverged cannot tell, and the emulator orders a warp's lanes.
     survivors = [o.mutant.instruction.split()[0] for o in outcomes if not o.verdict]
     assert survivors == ["bar.warp.sync"]
+
+
+def test_every_deleted_barrier_fence_and_wait_is_noticed_in_a_cluster():
+    launches = []
+    for m, n, k in ((3, 100, 1040), (2, 40, 4624)):
+        x, weight = _random(m, k), nv.quantize(_random(n, k, seed=1))
+        _, run = _forced(x, weight, "sm_90a", "8x16x2048/2", clusters=1)
+        launches.append(run.launch)  # one cluster for all row tiles: rings and buffers go round
+    outcomes = mutate.survey(run.kernel.ptx, launches)
+    assert len(outcomes) >= 8
+    # What survives: warp barriers, since the emulator orders a warp's lanes, and the first of two fences.
+    survivors = [o.mutant.instruction.split()[0] for o in outcomes if not o.verdict]
+    assert [name for name in survivors if name != "bar.warp.sync"] == ["fence.mbarrier_init.release.cluster;"]
 
 
 def test_the_emulator_runs_it_without_tolerance():
