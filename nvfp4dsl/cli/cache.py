@@ -33,12 +33,11 @@ def ls(as_json: bool) -> None:
 
 def _row(entry: Listing) -> dict[str, Any]:
     """What a person wants to know of an entry; its whole ``meta.json`` is in its folder."""
-    inputs = entry.meta.get("inputs", {})
-    spec, tile = inputs.get("spec", {}), inputs.get("tile", {})
+    spec = entry.meta.get("inputs", {}).get("spec", {})
     return {
         "key": entry.key[:12],
         "target": entry.meta.get("target"),
-        "tile": "x".join(str(v) for v in tile.values() if v is not None),
+        "tile": entry.meta.get("tile"),
         "spec": " ".join(f"{name}={value}" for name, value in spec.items() if value is not None),
         "bytes": entry.bytes,
         "used": datetime.datetime.fromtimestamp(entry.used).isoformat(sep=" ", timespec="seconds"),

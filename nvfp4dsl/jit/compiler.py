@@ -41,7 +41,7 @@ class CompiledKernel:
         cubin: the machine code.
         meta: what ``meta.json`` holds: ``registers`` per thread, ``spills`` (instructions that touch local memory),
             ``smem_bytes`` (dynamic shared memory of a CTA, None if the builder does not say), ``kernels``,
-            ``compile_seconds``, ``cuda``, ``inputs`` (of the key), and the store's own.
+            ``compile_seconds``, ``cuda``, ``tile`` (as text), ``inputs`` (of the key), and the store's own.
         object_path: the loadable object; :func:`nvfp4dsl.emulator.capture.capture` takes it.
         cached: whether it was there already.
     """
@@ -128,7 +128,7 @@ def compile(spec: Any, tile: Any, target: str, *, builder: str | None = None) ->
         product = pool.compile(request, target, sources, timeout, settings.compile_workers)
         if product.patches != inputs.patches:
             raise CompileError(f"patches {product.patches} were applied where {inputs.patches} were expected")
-        meta = _facts(product, target) | {"symbol": request.symbol, "inputs": vars(inputs)}
+        meta = _facts(product, target) | {"symbol": request.symbol, "tile": str(tile), "inputs": vars(inputs)}
         log.info(
             "compiled %s tile %s for %s in %.1f s: %d registers, %d spills (%s)",
             *(spec, tile, target, time.perf_counter() - start, meta["registers"], meta["spills"], key[:12]),
