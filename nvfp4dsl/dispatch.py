@@ -192,6 +192,7 @@ def gemm(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     tile: TileConfig | None = None,
+    overlap: str = "launch",
 ) -> torch.Tensor:
     """``a @ b.T + bias`` of two NVFP4 operands, [..., M, K] and [..., N, K] -> [..., M, N] in ``out_dtype``.
 
@@ -200,9 +201,11 @@ def gemm(
         bias: [N], bfloat16, float16 or float32; added in fp32.
         out_dtype: bfloat16, float16 or float32.
         tile: forces a tile; by default :func:`choose_tile`.
+        overlap: as ``linear`` takes it. Not ``"weights"`` by default, since the kernel before may have written ``b``.
 
     Raises:
         OperandError: shapes, dtypes or devices do not match.
+        ModeError: unknown ``overlap``.
         LayoutError: an operand is in another layout; the message names ``prepare``.
         TileError: a forced tile is not legal.
         TargetError: the device has no kernel for this.
@@ -213,7 +216,7 @@ def gemm(
         if tile is not None:
             raise TileError(f"tile {tile} was forced, but CPU tensors run the reference; use emulate(target) or a GPU")
         return reference.gemm(a, b, bias, out_dtype=out_dtype)
-    kernel = gemm_kernel(a, b, bias, out_dtype, tile)
+    kernel = gemm_kernel(a, b, bias, out_dtype, tile, overlap)
     out = torch.empty((*a.batch_shape, a.shape[-2], b.shape[-2]), dtype=out_dtype, device=a.device)
     if out.numel():
         run(kernel, _arguments(kernel.tile, a, b, bias, out))
@@ -221,7 +224,12 @@ def gemm(
 
 
 def gemm_kernel(
-    a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype, tile: TileConfig | None
+    a: NVFP4Tensor,
+    b: NVFP4Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    tile: TileConfig | None,
+    overlap: str = "launch",
 ) -> jit.CompiledKernel:
     """The kernel that :func:`gemm` launches for these operands, compiled if need be. Same arguments and errors.
 
@@ -233,20 +241,34 @@ def gemm_kernel(
         raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
     check_kernel_operands(a, b, out_dtype, target)
     m, n = a.shape[-2], b.shape[-2]
-    spec = gemm_spec(n, out_dtype, None if bias is None else bias.dtype)
+    spec = gemm_spec(n, out_dtype, None if bias is None else bias.dtype, overlap)
     tile = tile or choose_tile(spec, m, n, b.k, target.name, sm_count(a.device))
     return kernel_for(spec, tile, target.name, f"M {m}, N x K {n} x {b.k}")
 
 
-def gemm_spec(n: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> GemmSpec:
-    """The spec of :func:`gemm` with ``b`` [n, K]."""
+def gemm_spec(n: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, overlap: str = "launch") -> GemmSpec:
+    """The spec of :func:`gemm` with ``b`` [n, K].
+
+    Raises:
+        ModeError: unknown ``overlap``.
+    """
     name = FLOATS[out_dtype]
+    pdl, early_weights = _overlap(overlap)
     return GemmSpec(
         activation="nvfp4",
         out_dtype=name,
         bias=None if bias_dtype is None else FLOATS[bias_dtype],
         aligned_rows=n * FLOAT_BYTES[name] % TMA_ROW_BYTES == 0,
+        pdl=pdl,
+        early_weights=early_weights,
     )
+
+
+def _overlap(overlap: str) -> tuple[bool, bool]:
+    """(``GemmSpec.pdl``, ``GemmSpec.early_weights``)."""
+    if overlap not in OVERLAPS:
+        raise ModeError(f"overlap is {overlap!r}; it must be {', '.join(map(repr, OVERLAPS))}")
+    return OVERLAPS[overlap]
 
 
 def check_kernel_operands(a: NVFP4Tensor, b: NVFP4Tensor, out_dtype: torch.dtype, target: Target) -> None:
@@ -280,9 +302,7 @@ def linear_spec(
     Raises:
         ModeError: unknown ``overlap``.
     """
-    if overlap not in OVERLAPS:
-        raise ModeError(f"overlap is {overlap!r}; it must be {', '.join(map(repr, OVERLAPS))}")
-    pdl, early_weights = OVERLAPS[overlap]
+    pdl, early_weights = _overlap(overlap)
     return GemmSpec(
         activation="bf16",
         out_dtype=FLOATS[out_dtype],

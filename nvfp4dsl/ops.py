@@ -316,7 +316,7 @@ def warmup(
         if at is None:
             raise TargetError("there is no CUDA device to warm up for; name a target, e.g. target='sm_90a'")
         if mode == "nvfp4" and "nvfp4" in at.mainloops:
-            spec = dispatch.gemm_spec(n, dtype, bias)
+            spec = dispatch.gemm_spec(n, dtype, bias, overlap)
         else:
             spec = dispatch.linear_spec(n, k, dtype, bias, overlap)
         sms = dispatch.sm_count(here) if at == own else dispatch.first_device_sms(at.name)
@@ -469,7 +469,8 @@ def _linear(
     if activation == "nvfp4" and "nvfp4" in target.mainloops:
         rows = x if weight.batch_shape else x.reshape(-1, x.shape[-1])
         dispatch.check_layout("weight", weight, target, "nvfp4")  # before anything is launched
-        y = dispatch.gemm(_quantized(rows, None, None, layout=BLACKWELL), weight, bias, out_dtype=x.dtype)
+        quantized = _quantized(rows, None, None, layout=BLACKWELL)
+        y = dispatch.gemm(quantized, weight, bias, out_dtype=x.dtype, overlap=overlap)
     else:
         y = _linear_w4a16(x.reshape(-1, x.shape[-1]), weight, bias, activation, target, x.dtype, overlap)
     return y.reshape(*x.shape[:-1], weight.shape[-2])

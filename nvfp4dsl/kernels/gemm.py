@@ -15,7 +15,7 @@ from nvfp4dsl.kernels.epilogue import FLOAT_TYPES, Epilogue, Scaling
 from nvfp4dsl.kernels.instructions import shared_address
 from nvfp4dsl.kernels.mainloops import Mainloop, Stage
 from nvfp4dsl.kernels.roles.consumer import Consumer
-from nvfp4dsl.kernels.roles.producer import Operand, Producer
+from nvfp4dsl.kernels.roles.producer import Operand, Producer, Side
 from nvfp4dsl.kernels.scales import tma_box
 from nvfp4dsl.kernels.schedule import SlicedSchedule
 from nvfp4dsl.kernels.split import SplitSum
@@ -105,6 +105,7 @@ class Gemm:
             block=[plan.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=plan.spec.pdl,
         )
 
     @cute.kernel
@@ -151,6 +152,8 @@ class Gemm:
             cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
         )
 
+        # What the kernel before wrote is read, and what it may still read is written, only after griddepcontrol.wait.
+        cute.arch.griddepcontrol_launch_dependents()
         first, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         k_tiles = cute.ceil_div(mA.shape[1], k // 2)
         if warp >= plan.mma_warps:
@@ -158,14 +161,20 @@ class Gemm:
                 cute.arch.setmaxregister_decrease(plan.registers[1])
             if warp == plan.mma_warps:
                 schedule = SlicedSchedule(plan, mC, k_tiles, stride)
-                Producer(plan, schedule, ring).run(
-                    first,
-                    stride,
+                a = Side(
+                    "m",
+                    rows,
                     Operand(tma_a, mA, sX["a"], (rows, k // 2)),
-                    Operand(tma_b, mB, sX["b"], (columns, k // 2)),
                     Operand(tma_sfa, mSFA, sX["sfa"], tma_box(rows, k)),
+                )
+                b = Side(
+                    "n",
+                    columns,
+                    Operand(tma_b, mB, sX["b"], (columns, k // 2)),
                     Operand(tma_sfb, mSFB, sX["sfb"], tma_box(columns, k)),
                 )
+                sides = (a, b) if plan.swapped else (b, a)
+                Producer(plan, schedule, ring, *sides).run(first, stride)
         else:
             if cutlass.const_expr(plan.registers):
                 cute.arch.setmaxregister_increase(plan.registers[0])
@@ -178,6 +187,7 @@ class Gemm:
             ring_start = Stage(**{name: shared_address(smem[name]) for name in ("a", "b", "sfa", "sfb")})
             split = SplitSum(plan, mPartials, mArrivals, smem["last"], warp) if plan.tile.split > 1 else None
             schedule = SlicedSchedule(plan, mC, k_tiles, stride)
+            cute.arch.griddepcontrol_wait()
             Consumer(plan, schedule, ring, mainloop, epilogue, split, turns).run(first, stride, group, ring_start)
 
     def _smem_layouts(self) -> dict:

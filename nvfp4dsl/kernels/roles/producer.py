@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import Plan
 from nvfp4dsl.kernels.scales import box_coordinate
-from nvfp4dsl.kernels.schedule import SlicedSchedule
+from nvfp4dsl.kernels.schedule import Slice, SlicedSchedule
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,72 @@ class Operand:
         )
 
 
+class Side:
+    """Codes and scales of the instruction's A or B, whose row tiles a coordinate counts in ``axis``, "m" or "n"."""
+
+    def __init__(self, axis: str, extent: int, codes: Operand, scales: Operand):
+        """``extent``: rows of a tile."""
+        self.axis, self.extent = axis, extent
+        self.operands = codes, scales
+        self.parts = codes.partition(), scales.partition()
+
+    def load(self, coord: Slice, k: Int32, slot: Int32, full: cute.Pointer) -> None:
+        """Two TMA loads, of the slice's ``k``-th step of tile.k, into a slot of the ring."""
+        tile, k = getattr(coord, self.axis), coord.k + k
+        line, atom = box_coordinate(tile, self.extent)
+        boxes = (tile, k), (line, k, atom)
+        for operand, (shared, source), box in zip(self.operands, self.parts, boxes, strict=True):
+            place = (None, *box, coord.batch)
+            cute.copy(operand.atom, source[place], shared[(None, slot)], tma_bar_ptr=full)
+
+
 class Producer:
     """One warp. For each tile and k step it waits until a stage is empty, announces the bytes to come, and issues four
     TMA loads: codes and scales of A and of B. What lies outside a tensor arrives as zeros, and zero codes add nothing.
+
+    Weights do not depend on the kernel before. Where the spec allows it, those of the first stages are requested before
+    ``griddepcontrol.wait``, and the tokens of the same stages after it.
     """
 
-    def __init__(self, plan: Plan, schedule: SlicedSchedule, ring: pipeline.PipelineTmaAsync):
+    def __init__(
+        self, plan: Plan, schedule: SlicedSchedule, ring: pipeline.PipelineTmaAsync, weights: Side, tokens: Side
+    ):
         self.plan, self.schedule, self.ring = plan, schedule, ring
+        self.weights, self.tokens = weights, tokens
+
+    def _load(self, side: Side, coord: Slice, k: Int32, state: pipeline.PipelineState) -> None:
+        side.load(coord, k, state.index, self.ring.producer_get_barrier(state))
+
+    def _start(self) -> pipeline.PipelineState:
+        return pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.plan.stages)
 
     @cute.jit
-    def run(self, first: Int32, stride: Int32, a: Operand, b: Operand, sfa: Operand, sfb: Operand):
-        rows, columns = self.plan.mma_tile
-        tAsA, tAgA = a.partition()
-        tBsB, tBgB = b.partition()
-        tAsSFA, tAgSFA = sfa.partition()
-        tBsSFB, tBgSFB = sfb.partition()
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.plan.stages)
+    def _request_weights(self, coord: Slice) -> Int32:
+        """Announce the first stages, and load their weights. How many stages."""
+        count = Int32(0)
+        if cutlass.const_expr(self.plan.spec.pdl and self.plan.spec.early_weights):
+            count = cutlass.min(coord.k_tiles, self.plan.stages)
+        state = self._start()
+        for k in cutlass.range(count, unroll=1):
+            self.ring.producer_acquire(state)
+            self._load(self.weights, coord, k, state)
+            state.advance()
+        return count
 
+    @cute.jit
+    def run(self, first: Int32, stride: Int32):
+        requested = self._request_weights(self.schedule.slice(first))
+        cute.arch.griddepcontrol_wait()
+        state = self._start()
         for index in cutlass.range(first, self.schedule.size, stride, unroll=1):
             coord = self.schedule.slice(index)
-            (line_a, atom_a), (line_b, atom_b) = box_coordinate(coord.m, rows), box_coordinate(coord.n, columns)
-            for k in cutlass.range(coord.k, coord.k + coord.k_tiles, unroll=1):
-                self.ring.producer_acquire(state)
-                full = self.ring.producer_get_barrier(state)
-                slot = (None, state.index)
-                cute.copy(a.atom, tAgA[(None, coord.m, k, coord.batch)], tAsA[slot], tma_bar_ptr=full)
-                cute.copy(b.atom, tBgB[(None, coord.n, k, coord.batch)], tBsB[slot], tma_bar_ptr=full)
-                cute.copy(sfa.atom, tAgSFA[(None, line_a, k, atom_a, coord.batch)], tAsSFA[slot], tma_bar_ptr=full)
-                cute.copy(sfb.atom, tBgSFB[(None, line_b, k, atom_b, coord.batch)], tBsSFB[slot], tma_bar_ptr=full)
+            for k in cutlass.range(coord.k_tiles, unroll=1):
+                if requested > 0:
+                    requested -= 1
+                else:
+                    self.ring.producer_acquire(state)
+                    self._load(self.weights, coord, k, state)
+                self._load(self.tokens, coord, k, state)
                 state.advance()
         # No wait for the last stages to drain: only this CTA's own warps arrive on its barriers, and shared memory
         # lives until the last of them exits. A cluster's peers would make that wait necessary.
