@@ -279,6 +279,30 @@ def load_global_v4_if(
 
 
 @dsl_user_op
+def store_global_v2(address: Int64, x: Int32, y: Int32, *, loc=None, ip=None) -> None:
+    """Two neighbouring 32-bit words to global memory; the address a multiple of 8."""
+    _asm(None, [address, x, y], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_global_v4(address: Int64, words: Sequence[Int32], *, loc=None, ip=None) -> None:
+    """Four neighbouring 32-bit words to global memory; the address a multiple of 16."""
+    _asm(None, [address, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_global_u8(address: Int64, x: Int32, *, loc=None, ip=None) -> None:
+    """The low byte of a word to global memory."""
+    _asm(None, [address, x], "st.global.b8 [$0], $1;", "l,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def add_global(address: Int64, x: Int64, *, loc=None, ip=None) -> None:
+    """Add to a 64-bit integer in global memory, atomically."""
+    _asm(None, [address, x], "red.global.add.u64 [$0], $1;", "l,l", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def store_shared_v4(address: Int32, words: Sequence[Int32], *, loc=None, ip=None) -> None:
     """Four neighbouring 32-bit words to shared memory; the address a multiple of 16."""
     _asm(None, [address, *words], "st.shared.v4.b32 [$0], {$1,$2,$3,$4};", "r,r,r,r,r", pure=False, loc=loc, ip=ip)

@@ -8,7 +8,7 @@ test goes through all of them. (fp32 has 24 bits, so it takes ``div.rn``.)
 
 from collections.abc import Sequence
 
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
@@ -157,46 +157,7 @@ def decode_e2m1_word(word: Int32, *, loc=None, ip=None) -> tuple:
 
 
 @dsl_user_op
-def load_global_v4_if(address: Int64, index: Int32, limit: Int32, *, loc=None, ip=None) -> tuple:
-    """Four neighbouring 32-bit words from global memory, the address a multiple of 16, where ``index < limit``; else
-    zeros, and nothing is read."""
-    text = (
-        "{ .reg .pred p; setp.lt.s32 p, $5, $6; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-        "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
-    )
-    constraints = "=&r,=&r,=&r,=&r,l,r,r"
-    return _asm_tuple(Int32, 4, [address, index, limit], text, constraints, pure=False, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def store_global_v2(address: Int64, x: Int32, y: Int32, *, loc=None, ip=None) -> None:
-    """Two neighbouring 32-bit words to global memory; the address a multiple of 8."""
-    _asm(None, [address, x, y], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", pure=False, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def store_global_v4(address: Int64, words: Sequence[Int32], *, loc=None, ip=None) -> None:
-    """Four neighbouring 32-bit words to global memory; the address a multiple of 16."""
-    _asm(None, [address, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", pure=False, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def store_global_u8(address: Int64, x: Int32, *, loc=None, ip=None) -> None:
-    """The low byte of a word to global memory."""
-    _asm(None, [address, x], "st.global.b8 [$0], $1;", "l,r", pure=False, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def add_global(address: Int64, x: Int64, *, loc=None, ip=None) -> None:
-    """Add to a 64-bit integer in global memory, atomically."""
-    _asm(None, [address, x], "red.global.add.u64 [$0], $1;", "l,l", pure=False, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def warp_maximum(x: Int32, *, loc=None, ip=None) -> Int32:
     """The largest among the 32 lanes, as unsigned integers; bits of magnitudes compare as the magnitudes do."""
     text = "redux.sync.max.u32 $0, $1, 0xFFFFFFFF;"
     return Int32(_asm(T.i32(), [x], text, "=r,r", pure=False, loc=loc, ip=ip))
-
-
-__all__ = [name for name in dir() if not name.startswith("_")]

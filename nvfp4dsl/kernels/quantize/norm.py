@@ -10,18 +10,13 @@ from nvfp4dsl.config.quantize import QuantizePlan
 from nvfp4dsl.config.spec import FLOAT_BYTES, WARP
 from nvfp4dsl.constants import BLOCK, E4M3_SATURATED
 from nvfp4dsl.kernels.compat import SmemAllocator
-from nvfp4dsl.kernels.e2m1 import divide, load_global_v4_if, multiply, store_global_v4
-from nvfp4dsl.kernels.functions import add, reciprocal_root
-from nvfp4dsl.kernels.instructions import fma
-from nvfp4dsl.kernels.quantize import (
-    LOAD_BYTES,
-    Destination,
-    Rows,
-    Scaling,
-    count_blocks,
-    count_saturated,
-    overlap_launches,
-)
+from nvfp4dsl.kernels.instructions import fma, load_global_v4_if, store_global_v4
+from nvfp4dsl.kernels.quantize.blocks import LOAD_BYTES, Destination, Rows
+from nvfp4dsl.kernels.quantize.e2m1 import divide, multiply
+from nvfp4dsl.kernels.quantize.functions import add, reciprocal_root
+from nvfp4dsl.kernels.quantize.launch import overlap_launches
+from nvfp4dsl.kernels.quantize.saturation import count_blocks, count_saturated
+from nvfp4dsl.kernels.quantize.scaling import Scaling
 
 
 class NormQuantize:
@@ -31,7 +26,7 @@ class NormQuantize:
     and quantizes. Each rounding: :func:`nvfp4dsl.reference.rms_norm`.
 
     Call arguments: ``x`` (L, M, K), K contiguous, rows on 16 bytes; ``residual`` like it, or None; ``weight`` (K);
-    ``eps``; then as for :class:`nvfp4dsl.kernels.quantize.Quantize`, from ``global_scale`` on.
+    ``eps``; then as for :class:`nvfp4dsl.kernels.quantize.blockwise.Quantize`, from ``global_scale`` on.
     """
 
     def __init__(self, plan: QuantizePlan):
