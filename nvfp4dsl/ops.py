@@ -7,6 +7,7 @@ where its operands live (:mod:`nvfp4dsl.dispatch`): the oracle on a CPU, the rea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -99,7 +100,8 @@ def quantize_rms_norm(
         residual: of x's shape and dtype; replaced by the sum.
 
     Raises:
-        OperandError: besides what :func:`quantize` raises, if shapes, dtypes or devices differ, or there is no scale.
+        OperandError: besides what :func:`quantize` raises, if shapes, dtypes or devices differ, there is no scale, or
+            ``eps`` is negative or not finite.
     """
     reference.check_rows(x)
     if tuple(weight.shape) != (x.shape[-1],) or weight.dtype != x.dtype or weight.device != x.device:
@@ -109,9 +111,12 @@ def quantize_rms_norm(
         )
     if residual is not None:
         _check_like("residual", residual, "x", x)
+    if not 0 <= eps < math.inf:
+        raise OperandError(f"eps is {eps}; it is added to a mean of squares, and must be finite and not negative")
     scale = quantization.global_scale_for(x, global_scale)
     if scale is None:
         raise OperandError("quantize_rms_norm needs a global scale: calibrate one, see nvfp4dsl.Calibration")
+    _check_finite(x=x, weight=weight, residual=residual)
     counts = saturation.counts(x.device) if saturation else None
     target = _target_at(x.device)
     if not target:
@@ -132,6 +137,13 @@ def _check_like(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor
             f"{name} is {t.dtype} {list(t.shape)} on {t.device}, {other_name} {other.dtype} {list(other.shape)} on "
             f"{other.device}; they must be alike"
         )
+
+
+def _check_finite(**operands: torch.Tensor | None) -> None:
+    """Refuse what is not finite where looking waits for no device."""
+    for name, t in operands.items():
+        if t is not None and t.device.type == "cpu":
+            reference.check_finite(t, name)
 
 
 @torch.compiler.assume_constant_result
@@ -174,8 +186,7 @@ def _quantized(
         if counts is not None and scale is not None:
             counts += torch.stack([reference.saturated_blocks(value, scale), torch.tensor(quantized.scale.numel())])
     else:
-        if x.device.type == "cpu":
-            reference.check_finite(x)
+        _check_finite(x=x, up=up)
         written = layout or _written(target)
         qdata, scales, own = torch.ops.nvfp4dsl.quantize(x, up, scale, written, per_matrix, four_over_six, counts)
         own = own if scale is None else scale

@@ -71,11 +71,11 @@ def check_rows(x: torch.Tensor) -> None:
     check_k(x.shape[-1], "K (the last dimension of x)")
 
 
-def check_finite(x: torch.Tensor) -> None:
+def check_finite(x: torch.Tensor, name: str = "x") -> None:
     """Raise :class:`OperandError` for an infinity or a NaN in ``x``, where its values may be read."""
     if values_at_hand(x) and not bool(torch.isfinite(x).all()):
         index = (~torch.isfinite(x)).nonzero()[0].tolist()
-        raise OperandError(f"x{index} is {x[tuple(index)].item()}; quantize takes finite values only")
+        raise OperandError(f"{name}{index} is {x[tuple(index)].item()}; quantize takes finite values only")
 
 
 def quantize(

@@ -99,16 +99,30 @@ def test_any_values(target, x, global_scale, seed):
 
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_121a"])
-@pytest.mark.parametrize("global_scale", [0.01, 2.0**-120])
-def test_values_that_are_not_finite(target, global_scale):
+@SEARCH
+@given(
+    tensors(max_rows=5, max_k=64, dtypes=[torch.bfloat16]),
+    st.one_of(st.none(), st.floats(2.0**-126, 2.0**127, width=32)),
+    st.integers(0, 3),
+)
+def test_four_over_six_of_any_values(target, x, global_scale, seed):
+    scale = None if global_scale is None else torch.tensor(global_scale)
+    _check(x, scale, target, "canonical", seed=seed, four_over_six=True)
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_121a"])
+@pytest.mark.parametrize(("global_scale", "four_over_six"), [(0.01, False), (2.0**-120, False), (0.01, True)])
+def test_values_that_are_not_finite(target, global_scale, four_over_six):
     """An infinity is like the largest finite value; a NaN shows in its block's scale, and nowhere else."""
     x = _random(4, 64)
     x[0, 3], x[1, 40] = float("inf"), float("-inf")
     large = x.clamp(-3e38, 3e38)
-    expected = reference.quantize(large, global_scale)
+    expected = reference.quantize(large, global_scale, four_over_six=four_over_six)
     x[2, 17] = float("nan")
     with nv.emulate(target):
-        codes, scales, _, _ = quantization.quantize(x, torch.tensor(global_scale), layout="canonical")
+        codes, scales, _, _ = quantization.quantize(
+            x, torch.tensor(global_scale), layout="canonical", four_over_six=four_over_six
+        )
     want_codes, want_scales = expected.qdata.clone(), expected.scale.view(torch.uint8).clone()
     want_codes[2, 8:16], want_scales[2, 1] = 0x77, 0x7F
     assert torch.equal(codes, want_codes)

@@ -1,5 +1,6 @@
 """The Python side of quantization: bad input, calibration, saturation, operators. Kernels are tested when emulated."""
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -24,9 +25,21 @@ def _random(*shape, seed=0, dtype=torch.bfloat16):
             (lambda x, s=scale: nv.quantize(x, s), nv.OperandError, "finite")
             for scale in (0.0, -1.0, float("nan"), float("inf"), 1e-40, torch.tensor(0.0), torch.tensor(float("nan")))
         ],
+        *[
+            (lambda x, s=scale, f=function: f(x, s), nv.OperandError, "finite")
+            for scale in (0.0, -1.0, float("nan"))
+            for function in (
+                lambda x, scale: nv.quantize_silu_mul(x, x, scale),
+                lambda x, scale: nv.quantize_rms_norm(x, x[0], 1e-6, scale),
+            )
+        ],
         (lambda x: nv.quantize(x, torch.tensor(1.0, dtype=torch.float64)), nv.OperandError, "float32"),
         (lambda x: nv.quantize(x, torch.ones(3)), nv.OperandError, "global_scale has shape"),
         (lambda x: nv.quantize(x[:, :40]), nv.OperandError, "multiple of 16"),
+        (lambda x: nv.quantize(x[:, :0]), nv.OperandError, "multiple of 16"),
+        (lambda x: nv.quantize_silu_mul(x[:, :40], x[:, :40]), nv.OperandError, "multiple of 16"),
+        (lambda x: nv.quantize_rms_norm(x[:, :40], x[0, :40], 1e-6, 1.0), nv.OperandError, "multiple of 16"),
+        (lambda x: nv.Calibration().observe(x[:, :40]), nv.OperandError, "multiple of 16"),
         (lambda x: nv.quantize(x.long()), nv.OperandError, "int64"),
         (lambda x: nv.quantize(x[0]), nv.OperandError, "two dimensions"),
         (lambda x: nv.quantize(x / 0), nv.OperandError, "finite"),
@@ -35,6 +48,13 @@ def _random(*shape, seed=0, dtype=torch.bfloat16):
         (lambda x: nv.quantize_rms_norm(x, x[0, :16], 1e-6, 1.0), nv.OperandError, "weight"),
         (lambda x: nv.quantize_rms_norm(x, x[0], 1e-6, None), nv.OperandError, "Calibration"),
         (lambda x: nv.quantize_rms_norm(x, x[0], 1e-6, 1.0, residual=x.float()), nv.OperandError, "residual"),
+        *[
+            (lambda x, e=eps: nv.quantize_rms_norm(x, x[0], e, 1.0), nv.OperandError, "eps")
+            for eps in (-1e-6, float("nan"), float("inf"))
+        ],
+        (lambda x: nv.quantize_silu_mul(x, x / 0), nv.OperandError, "finite"),
+        (lambda x: nv.quantize_rms_norm(x, x[0] / 0, 1e-6, 1.0), nv.OperandError, "finite"),
+        (lambda x: nv.quantize_rms_norm(x, x[0], 1e-6, 1.0, residual=x / 0), nv.OperandError, "finite"),
         (lambda x: nv.Calibration().global_scale(), nv.CalibrationError, "no data"),
         (lambda x: nv.linear(x, nv.quantize(x), activation="int8"), nv.ModeError, "int8"),
     ],
@@ -47,6 +67,24 @@ def test_bad_input(target, call, kind, word):
     else:
         with nv.emulate(target), pytest.raises(kind, match=word):
             call(x)
+
+
+@pytest.mark.parametrize("target", [None, "sm_90a", "sm_121a"])
+def test_no_rows_are_no_error(target):
+    x = _random(0, 48)
+    with nv.emulate(target) if target else contextlib.nullcontext():
+        made = [
+            nv.quantize(x),
+            nv.quantize(x.view(0, 5, 48), 1.0, four_over_six=True),
+            nv.quantize_silu_mul(x, x),
+            nv.quantize_rms_norm(x, _random(48), 1e-6, 1.0, residual=x.clone()),
+        ]
+        unseen = nv.Calibration()
+        unseen.observe(x)
+    assert [list(t.canonical().qdata.shape) for t in made] == [[0, 24], [0, 5, 24], [0, 24], [0, 24]]
+    assert all(t.global_scale == 1 for t in made)
+    with pytest.raises(nv.CalibrationError, match="no data"):
+        unseen.global_scale()
 
 
 def test_only_what_kernels_write_can_be_asked_of_them():
