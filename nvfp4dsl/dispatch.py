@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nvfp4dsl import emulator, jit, reference
-from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal, omma, skinny, wgmma
+from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal, mixed_input, omma, skinny
 from nvfp4dsl.config.skinny import CHUNK_K
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
@@ -45,8 +45,8 @@ WORKSPACE, ZEROED = ("partials", "arrivals"), ("arrivals",)
 #: how far a kernel may run ahead of the one before it on its stream: (``GemmSpec.pdl``, ``GemmSpec.early_weights``)
 OVERLAPS = {"weights": (True, True), "launch": (True, False), "none": (False, True)}
 DEFAULT_OVERLAP = "weights"
-#: most tokens for which the skinny kernel is the faster one, where there is another
-SKINNY_TOKENS = 8
+#: most tokens for which the skinny kernel is the faster one, by the other kernel's inner loop
+SKINNY_TOKENS = {"wgmma": 8, "hmma": 16}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -
     """The tile for an output of ``m`` x ``n`` over ``k`` on a device of ``sms`` multiprocessors.
 
     W4A4: the fastest by the model of :func:`nvfp4dsl.config.omma.cycles`. W4A16: :func:`nvfp4dsl.config.skinny.choose`,
-    and for more tokens, where there is WGMMA, :func:`nvfp4dsl.config.wgmma.choose`.
+    and for more tokens :func:`nvfp4dsl.config.mixed_input.choose`.
 
     Raises:
         TargetError: the target has no kernel for the spec.
@@ -158,8 +158,8 @@ def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -
             "The numeric mode is yours to choose: 'nvfp4' runs on sm_120a and sm_121a, 'bf16' everywhere"
         )
     if spec.activation == "bf16":
-        if m > SKINNY_TOKENS and "wgmma" in get_target(target).mainloops["bf16"]:
-            return wgmma.choose(m, n, k, sms)
+        if m > SKINNY_TOKENS[mixed_input.mainloops(get_target(target))[0]]:
+            return mixed_input.choose(spec, m, n, k, get_target(target), sms)
         return skinny.choose(spec, m, n, k, get_target(target), sms)
     return omma.choose(m, n, k, sms)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from types import ModuleType
 
-from nvfp4dsl.config import omma, skinny, wgmma
+from nvfp4dsl.config import mixed_input, omma, skinny
 from nvfp4dsl.config.spec import FLOAT_BYTES, GemmSpec, Plan, SmemField, TileConfig, total_bytes
 from nvfp4dsl.errors import TileError
 from nvfp4dsl.targets import Target, get_target
@@ -36,7 +36,7 @@ __all__ = [
 #: families of each numeric mode, with the inner loops that serve them
 FAMILIES: dict[str, tuple[tuple[ModuleType, frozenset[str]], ...]] = {
     "nvfp4": ((omma, frozenset({"omma"})),),
-    "bf16": ((skinny, frozenset({"hmma"})), (wgmma, frozenset({"wgmma"}))),
+    "bf16": ((skinny, frozenset({"hmma"})), (mixed_input, frozenset({"wgmma", "hmma"}))),
 }
 #: tiles that dispatch chooses from, by numeric mode; the first is the default.
 TILES = {mode: tuple(tile for module, _ in families for tile in module.TILES) for mode, families in FAMILIES.items()}

@@ -8,15 +8,15 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint8
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, family, plan, wgmma
+from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, plan
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.flat import ALIGNED_X, FlatRows
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
+from nvfp4dsl.kernels.mixed_input import MixedInputGemm
 from nvfp4dsl.kernels.skinny import SkinnyGemm
 from nvfp4dsl.kernels.stationary import StationaryGemm
-from nvfp4dsl.kernels.wgmma_gemm import WgmmaGemm
 from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, SCALE_ATOM_BYTES, TMA_ROW_BYTES
 from nvfp4dsl.targets import get_target
 
@@ -35,7 +35,7 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | FlatRow
     planned = plan(spec, tile, target)
     if spec.activation == "bf16":
         skinny = SkinnyGemm if tile.split == 1 else StationaryGemm
-        kernel = WgmmaGemm if family(spec, tile, target) is wgmma else skinny
+        kernel = MixedInputGemm if planned.tile.mainloop else skinny  # only its tiles have a choice of inner loops
         return FlatRows(kernel(planned), _row_divisor(spec)), _w4a16_arguments(spec)
     mainloop = MAINLOOPS[get_target(target).mainloops[spec.activation][0]]
     return Gemm(planned, mainloop), _fake_arguments(spec, tile)

@@ -1,7 +1,8 @@
 """Inner loops: one class an instruction, one interface (:class:`~nvfp4dsl.kernels.mainloops.base.Mainloop`).
 
-:mod:`~nvfp4dsl.kernels.mainloops.wgmma` stands beside it: its products are asynchronous, so a stage is free only once
-the next one's have begun, and it takes one operand through descriptors rather than addresses.
+Those of W4A16, whose weights are decoded in registers, have an interface of their own
+(:class:`~nvfp4dsl.kernels.mainloops.mixed_input.MixedInputMainloop`): they hold no fragments from one stage to the
+next, and wgmma takes tokens through descriptors rather than addresses.
 """
 
 from collections.abc import Callable
@@ -9,12 +10,11 @@ from collections.abc import Callable
 from nvfp4dsl.config import Plan
 from nvfp4dsl.kernels.mainloops.base import Mainloop, Stage
 from nvfp4dsl.kernels.mainloops.omma import OmmaMainloop
-from nvfp4dsl.kernels.mainloops.planned import HmmaMainloop, UtcommaMainloop
+from nvfp4dsl.kernels.mainloops.planned import UtcommaMainloop
 
 MAINLOOPS: dict[str, Callable[[Plan], Mainloop]] = {
     "omma": OmmaMainloop,
-    "hmma": HmmaMainloop,
     "utcomma": UtcommaMainloop,
 }
 
-__all__ = ["MAINLOOPS", "HmmaMainloop", "Mainloop", "OmmaMainloop", "Stage", "UtcommaMainloop"]
+__all__ = ["MAINLOOPS", "Mainloop", "OmmaMainloop", "Stage", "UtcommaMainloop"]

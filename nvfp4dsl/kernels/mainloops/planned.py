@@ -13,18 +13,8 @@ class PlannedMainloop(Mainloop):
     def __new__(cls, plan: Plan) -> "PlannedMainloop":
         raise TargetError(
             f"{cls.__name__} is not built yet; W4A4 runs on sm_120a and sm_121a (OmmaMainloop), W4A16 on every target "
-            "(nvfp4dsl.kernels.skinny)"
+            "(nvfp4dsl.kernels.skinny, nvfp4dsl.kernels.mixed_input)"
         )
-
-
-class HmmaMainloop(PlannedMainloop):
-    """HMMA, every target: warp-level bf16 mma.sync, NVFP4 weights decoded in registers.
-
-    For few tokens :mod:`nvfp4dsl.kernels.skinny` does this already; here it would serve tiles of many.
-    """
-
-    transforms_operand: ClassVar[bool] = True
-    accumulators: ClassVar[Literal["registers", "tmem"]] = "registers"
 
 
 class UtcommaMainloop(PlannedMainloop):

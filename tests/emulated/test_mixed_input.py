@@ -1,18 +1,19 @@
-"""The WGMMA kernel for W4A16, executed in the emulator: every tile it chooses from, shapes that divide nothing."""
+"""W4A16 for more than a few tokens, through WGMMA and HMMA, executed in the emulator: shapes that divide nothing."""
 
 import pytest
 import torch
 
 import nvfp4dsl as nv
 from nvfp4dsl import dispatch
-from nvfp4dsl.config import TileConfig, plan, wgmma
+from nvfp4dsl.config import TileConfig, mixed_input, plan
 from nvfp4dsl.emulator import mutate
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.targets import get_target
 from nvfp4dsl.testing import assert_close, bits_differing
 
 TARGET = "sm_90a"
-# tile, M, N, K, output, bias: ragged in every extent; rows of 16 bytes and not; K steps that the split does not divide
+# WGMMA. Tile, M, N, K, output, bias: ragged in every extent; rows of 16 bytes and not; K steps that the split does not
+# divide
 CASES = [
     ("16x128x128/4", 14, 160, 272, torch.bfloat16, True),
     ("32x128x128", 33, 129, 80, torch.bfloat16, False),
@@ -25,24 +26,37 @@ CASES = [
     ("128x128x128/2-multicast2", 140, 304, 400, torch.float32, True),
     ("32x128x128/3-multicast2", 30, 130, 1040, torch.bfloat16, False),
 ]
+# The same for HMMA, and the target: warpgroups along rows and along tokens, one to four blocks of rows, with clusters
+# and without
+HMMA_CASES = [
+    ("sm_121a", "16x128x128", 14, 160, 272, torch.bfloat16, True),
+    ("sm_121a", "32x64x128", 33, 72, 400, torch.float16, True),
+    ("sm_121a", "48x256x64", 50, 264, 208, torch.float32, False),
+    ("sm_121a", "64x128x64", 70, 137, 592, torch.bfloat16, True),
+    ("sm_121a", "128x128x64", 150, 200, 336, torch.float32, True),
+    ("sm_120a", "256x128x64", 270, 136, 144, torch.bfloat16, False),
+    ("sm_90a", "128x256x64-hmma", 130, 300, 336, torch.bfloat16, True),
+    ("sm_90a", "64x64x128/3-multicast2-hmma", 70, 130, 1296, torch.float32, True),
+    ("sm_100a", "96x128x128/2", 97, 200, 528, torch.bfloat16, False),
+]
 
 
 def _random(*shape, seed=0, dtype=torch.bfloat16):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _launch(x, weight, tile, out_dtype=torch.bfloat16, bias=None, max_ctas=2, seed=0):
+def _launch(x, weight, tile, out_dtype=torch.bfloat16, bias=None, max_ctas=2, seed=0, target=TARGET):
     """(y, the emulated run) of x [L, M, K] with a forced tile."""
     batch, m, k = x.shape
-    prepared, tile = nv.prepare(weight, TARGET), TileConfig.parse(tile)
+    prepared, tile = nv.prepare(weight, target, activation="bf16"), TileConfig.parse(tile)
     spec = dispatch.linear_spec(weight.n, k, out_dtype, None if bias is None else bias.dtype)
-    kernel = dispatch.kernel_for(spec, tile, TARGET)
+    kernel = dispatch.kernel_for(spec, tile, target)
     assert kernel.meta["spills"] == 0
     y = torch.full((batch * m, weight.n), float("nan"), dtype=out_dtype)
-    with nv.emulate(TARGET, max_ctas=max_ctas, seed=seed) as emulation:
+    with nv.emulate(target, max_ctas=max_ctas, seed=seed) as emulation:
         dispatch.run(kernel, (x.flatten(0, 1), *dispatch.linear_operands(prepared), bias, y))
     (run,) = emulation.runs
-    planned = plan(spec, tile, TARGET)
+    planned = plan(spec, tile, target)
     assert (run.launch.smem_bytes, run.launch.block[0]) == (planned.smem_bytes, planned.threads)
     assert run.report.tolerated == []
     return y.view(batch, m, -1), run
@@ -65,10 +79,21 @@ def test_tiles(tile, m, n, k, out_dtype, with_bias):
     _check(y, x, weight, bias)
 
 
-def test_batch_and_row_ranges():
+@pytest.mark.parametrize(("target", "tile", "m", "n", "k", "out_dtype", "with_bias"), HMMA_CASES, ids=str)
+def test_hmma_tiles(target, tile, m, n, k, out_dtype, with_bias):
+    x, weight = _random(1, m, k), nv.quantize(_random(n, k, seed=1))
+    bias = _random(n, seed=2, dtype=torch.float32) if with_bias else None
+    y, run = _launch(x, weight, tile, out_dtype, bias, target=target)
+    assert "mma.sync" in run.kernel.ptx
+    assert "wgmma" not in run.kernel.ptx
+    _check(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_121a"])
+def test_batch_and_row_ranges(target):
     x = _random(3, 20, 80)
     weight = nv.quantize(_random(3, 150, 80, seed=1), row_ends=(10, 150), per_matrix=True)
-    y, _ = _launch(x, weight, "32x128x128", max_ctas=2)
+    y, _ = _launch(x, weight, "32x128x128", max_ctas=2, target=target)
     _check(y, x, weight)
 
 
@@ -78,7 +103,7 @@ def test_linear_takes_it_for_more_than_a_few_tokens():
     with nv.emulate(TARGET) as emulation:
         y = nv.linear(x, nv.prepare(weight, TARGET), bias)
     (run,) = emulation.runs
-    assert run.kernel.tile.k in wgmma.TILE_K
+    assert run.kernel.tile.k in mixed_input.TILE_K
     _check(y, x, weight, bias)
 
 
@@ -116,7 +141,7 @@ def test_choice_is_legal(m, n, k):
     """And takes no tile with twice the tokens there are, nor splits K where tiles fill the chip."""
     spec = dispatch.linear_spec(n, k, torch.bfloat16, None)
     tile = dispatch.choose_tile(spec, m, n, k, TARGET, 132)
-    assert wgmma.reasons(spec, tile, get_target(TARGET)) == []
+    assert mixed_input.reasons(spec, tile, get_target(TARGET)) == []
     assert tile.m < 2 * m
     assert tile.split == 1 or -(-m // tile.m) * -(-n // tile.n) * tile.split <= 2 * 132
 

@@ -1,0 +1,193 @@
+"""Mixed-input tiles (W4A16, more than a few tokens): decoded weights times tokens in shared memory, by WGMMA or HMMA.
+
+A tile is ``m`` tokens x ``n`` rows of the weight: the operands are swapped, so rows are the instruction's M. Two
+consumer warpgroups multiply, each in blocks of 64 rows, 16 of them a warp. With WGMMA the groups own rows of their own
+and all tokens. With HMMA they may also lie side by side along the tokens: a warp then has more rows, so that tokens are
+read from shared memory half as often, and weights are decoded twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from nvfp4dsl.config import hmma, wgmma
+from nvfp4dsl.config.spec import (
+    FLOAT_BYTES,
+    MAX_STAGES,
+    MBARRIER_BYTES,
+    MIN_STAGES,
+    MMA_N,
+    SCALE_ALIGN,
+    TMA_ALIGN,
+    WARP,
+    GemmSpec,
+    Plan,
+    SmemField,
+    TileConfig,
+    extent_reasons,
+    total_bytes,
+)
+from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_ROWS, FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES
+from nvfp4dsl.targets import Target
+
+#: threads of a warpgroup, the rows it multiplies at a time (those of one wgmma), and how many warpgroups multiply: two,
+#: which take turns at the tensor core and at decoding.
+WARPGROUP, BLOCK_ROWS, CONSUMERS = 4 * WARP, 64, 2
+TILE_M, TILE_K = (16, 32, 48, 64, 96, 128, 192, 256), (64, 128)
+#: weight rows of a tile, by inner loop; best first, and so is the order of the loops.
+TILE_N = {"wgmma": (128, 256), "hmma": (64, 128, 256)}
+#: fp32 accumulators a thread may hold.
+MAX_ACCUMULATORS = 128
+#: by groups of warps that share K: registers a thread of consumers and of the producer's warpgroup. The launch gives
+#: 168, or 96 where there are five warpgroups, and the sums must not be above that.
+REGISTERS = {1: (232, 40), 2: (112, 32)}
+#: most tokens for which two groups share K with WGMMA: their accumulators must leave room for fragments. With few
+#: tokens a unit's latency is what costs, and more warps hide it.
+MAX_SHARED_TOKENS = 64
+#: tokens that one ldmatrix brings, and least tokens of a tile of 128 rows for which HMMA's warpgroups share its rows.
+LOAD_TOKENS, MIN_SHARED_ROWS_TOKENS = 2 * MMA_N, 64
+SPLITS, MULTICASTS = wgmma.SPLITS, (1, 2)
+#: what dispatch chooses from, those of either loop; the first is the default.
+TILES = tuple(dict.fromkeys((*wgmma.TILES, *hmma.TILES)))
+
+
+def choose(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int) -> TileConfig:
+    """The tile for ``m`` tokens and an ``n`` x ``k`` weight on a device of ``sms`` multiprocessors with the least
+    estimated time: :func:`wgmma.choose` where there is WGMMA, else :func:`hmma.choose`."""
+    if "wgmma" in target.mainloops["bf16"]:
+        return wgmma.choose(m, n, k, sms)
+    legal = [tile for tile in hmma.TILES if not reasons(spec, tile, target)]
+    return hmma.choose(legal, m, n, k, target, sms)
+
+
+def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:
+    """Every combination of the extents; not all are legal."""
+    return tuple(TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N["hmma"], TILE_K))
+
+
+def with_mainloop(tile: TileConfig, target: Target) -> TileConfig:
+    """``tile`` with its inner loop: the one it names, else the fastest of the target."""
+    return tile if tile.mainloop else replace(tile, mainloop=mainloops(target)[0])
+
+
+def mainloops(target: Target) -> tuple[str, ...]:
+    """Inner loops that the target has, fastest first."""
+    return tuple(loop for loop in TILE_N if loop in target.mainloops["bf16"])
+
+
+def token_groups(tile: TileConfig) -> int:
+    """Consumer warpgroups side by side along the tokens: 2, or 1 where they are along the rows."""
+    if tile.mainloop == "wgmma":
+        return 1
+    shares = tile.n == BLOCK_ROWS or (tile.m >= MIN_SHARED_ROWS_TOKENS and tile.n < 256)
+    return 2 if shares and tile.m % (2 * LOAD_TOKENS) == 0 else 1
+
+
+def group_tokens(tile: TileConfig) -> int:
+    """Tokens of one consumer warpgroup."""
+    return tile.m // token_groups(tile)
+
+
+def row_blocks(tile: TileConfig) -> int:
+    """Blocks of 64 rows that one consumer warpgroup owns."""
+    return tile.n * token_groups(tile) // (CONSUMERS * BLOCK_ROWS)
+
+
+def k_groups(tile: TileConfig) -> int:
+    """Groups of consumer warps that take turns at a tile's k steps."""
+    shares = tile.mainloop == "wgmma" and tile.m <= MAX_SHARED_TOKENS and row_blocks(tile) == 1
+    return 2 if shares else 1
+
+
+def partial_pitch(tile: TileConfig) -> int:
+    """Floats from one token's partial sums to the next's: the rows, and a pad that spreads a warp over all banks."""
+    return tile.n + 4
+
+
+def store_tokens(spec: GemmSpec, tile: TileConfig) -> int:
+    """Tokens whose outputs of 64 rows go through shared memory at a time: 8 KiB of them, or what divides a group's."""
+    most = 128 // FLOAT_BYTES[spec.out_dtype]
+    return next(tokens for tokens in (64, 32, 16) if tokens <= most and group_tokens(tile) % tokens == 0)
+
+
+def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: int) -> tuple[SmemField, ...]:
+    """Shared memory: a full and an empty barrier a stage, the ring, and each warpgroup's store buffers."""
+    steps = tile.n // FRAGMENT_ROWS * (tile.k // FRAGMENT_K)
+    through_smem = spec.aligned_rows and tile.split == 1
+    store = store_tokens(spec, tile) * BLOCK_ROWS * FLOAT_BYTES[spec.out_dtype] if through_smem else 0
+    partials = tile.m * partial_pitch(tile) * 4 if k_groups(tile) > 1 or tile.split > 1 else 0
+    ring = stages * (tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES))
+    if tile.split > 1 and ring >= partials:
+        partials = 0  # a CTA has one tile: its ring is drained by then
+    fields = (
+        SmemField("barriers", 2 * stages * MBARRIER_BYTES, MBARRIER_BYTES),
+        SmemField("a", stages * tile.m * tile.k * 2, TMA_ALIGN),
+        SmemField("b", stages * steps * FRAGMENT_STEP_BYTES, SCALE_ALIGN),
+        SmemField("sfb", stages * steps * FRAGMENT_SCALE_BYTES, SCALE_ALIGN),
+        SmemField("partials", partials, SCALE_ALIGN),
+        SmemField("c", epilogue_stages * CONSUMERS * store, TMA_ALIGN),
+    )
+    return tuple(field for field in fields if field.bytes)
+
+
+def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
+    """Why the tile cannot be built; see :func:`nvfp4dsl.config.legal`."""
+    loops = mainloops(target)
+    if tile.mainloop not in (None, *loops):
+        return [f"inner loop {tile.mainloop!r}: {target.name} has {', '.join(loops)}"]
+    tile = with_mainloop(tile, target)
+    reasons = extent_reasons(
+        tile, TILE_M, TILE_N[str(tile.mainloop)], TILE_K, SPLITS, multicast=MULTICASTS, mainloop=loops
+    )
+    if reasons:
+        return reasons
+    if tile.split * tile.multicast > target.max_cluster:
+        reasons.append(
+            f"split {tile.split} x multicast {tile.multicast} takes clusters of {tile.split * tile.multicast} CTAs; "
+            f"{target.name} has at most {target.max_cluster}"
+        )
+    if row_blocks(tile) == 0:
+        reasons.append(f"{tile.m}x{tile.n}: 64 rows take tokens in {2 * LOAD_TOKENS}s, half of them for each warpgroup")
+        return reasons
+    registers = row_blocks(tile) * group_tokens(tile) // 2
+    if registers > MAX_ACCUMULATORS:
+        reasons.append(
+            f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {MAX_ACCUMULATORS}"
+        )
+    wanted = tile.stages if tile.stages is not None else MIN_STAGES
+    if not MIN_STAGES <= wanted <= MAX_STAGES:
+        reasons.append(f"{wanted} stages: allowed are {MIN_STAGES} to {MAX_STAGES}")
+    need = total_bytes(smem_fields(spec, tile, wanted, 1))
+    if need > target.smem_per_block:
+        reasons.append(
+            f"{wanted} stages of {tile.m}x{tile.n}x{tile.k} take {need} bytes of shared memory; "
+            f"a block on {target.name} may use {target.smem_per_block}"
+        )
+    return reasons
+
+
+def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
+    """As many stages as fit unless the tile names a count, then a second store buffer if there is room."""
+    tile = with_mainloop(tile, target)
+
+    def fits(stages: int, epilogue_stages: int) -> bool:
+        return total_bytes(smem_fields(spec, tile, stages, epilogue_stages)) <= target.smem_per_block
+
+    stages = tile.stages or max(s for s in range(MIN_STAGES, MAX_STAGES + 1) if fits(s, 1))
+    epilogue_stages = 2 if fits(stages, 2) else 1
+    steps, groups = tile.n // FRAGMENT_ROWS * (tile.k // FRAGMENT_K), k_groups(tile)
+    along_tokens = token_groups(tile)
+    return Plan(
+        spec=spec,
+        tile=replace(tile, stages=stages),
+        warps=(CONSUMERS * 4 // along_tokens, along_tokens),
+        blocks=(row_blocks(tile), group_tokens(tile) // MMA_N),
+        stages=stages,
+        epilogue_stages=epilogue_stages,
+        smem=smem_fields(spec, tile, stages, epilogue_stages),
+        transaction_bytes=tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES),
+        threads=(groups * CONSUMERS + 1) * WARPGROUP,
+        swapped=True,
+        registers=REGISTERS[groups],
+    )
