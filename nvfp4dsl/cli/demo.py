@@ -20,6 +20,10 @@ from nvfp4dsl.testing import bits_differing, relative_error
 
 WEIGHTS = "minilm_query.safetensors"
 DEFAULT_ROWS = 200
+LEGEND = """\
+seconds         of emulation; no GPU's speed follows from it
+rel err         against float64, Frobenius norm; what is left is the rounding of the output type
+bits differing  outputs that differ from the bit-level model of the block-scaled MMA"""
 DTYPES = {name: dtype for dtype, name in dispatch.FLOATS.items()}
 
 
@@ -99,6 +103,8 @@ def demo(
         run.launch.expected["c"] = model.contiguous().view(-1).view(torch.uint8).numpy()
         _dump(dump, run, x, weight, a, b, y)
     show(result, as_json, title=f"NVFP4 GEMM for {target}: compiled here, executed with no GPU")
+    if not as_json:
+        click.echo(LEGEND)
 
 
 def _operands(

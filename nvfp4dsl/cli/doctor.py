@@ -28,6 +28,7 @@ def doctor(as_json: bool) -> None:
     """Versions, driver, devices and settings; and for each target whether it compiles, emulates and executes here."""
     report: dict[str, Any] = {
         "versions": _versions(),
+        "toolchain": jit.toolchain(),
         "driver": _driver(),
         "devices": _devices(),
         "patches": patches.status(jit.observed()),
@@ -48,6 +49,7 @@ def doctor(as_json: bool) -> None:
     )
     show_rows(report["settings"], "settings", console)
     show_rows(report["targets"], "targets", console)
+    console.print(_next_step(report["targets"]), markup=False)
 
 
 def _versions() -> dict[str, str | None]:
@@ -57,7 +59,17 @@ def _versions() -> dict[str, str | None]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {**versions, **jit.toolchain()}
+    flavours = {name: version for name, version in jit.toolchain().items() if name.startswith("nvidia-cutlass-dsl")}
+    return {**versions, **flavours}
+
+
+def _next_step(targets: list[dict[str, Any]]) -> str:
+    here = next((row["target"] for row in targets if row["executes_here"] == "yes"), None)
+    if here is None:
+        return "The whole path, executed with no GPU: nvfp4dsl demo"
+    if here == "sm_90a":
+        return "Every kernel on this GPU, against stored results: nvfp4dsl selftest"
+    return f"No GPU of {here} is known to have run these kernels. Please run nvfp4dsl selftest and send its report."
 
 
 def _driver() -> str | None:
@@ -94,8 +106,8 @@ def _devices() -> list[dict[str, Any]]:
 def _target(target: Target, mode: str, as_json: bool) -> dict[str, Any]:
     """One row: what works in a numeric mode, or the reason why not. Compiling is tried, not assumed."""
     compiles = _try_compile(target, mode, as_json)
-    emulates = compiles if compiles != "yes" else _emulates()
-    executes = compiles if compiles != "yes" else _executes(target)
+    emulates = _emulates() if compiles == "yes" else "no: it does not compile"
+    executes = _executes(target) if compiles == "yes" else "no: it does not compile"
     return {
         "target": target.name,
         "mode": mode,
@@ -125,9 +137,7 @@ def _emulates() -> str:
 
 
 def _executes(target: Target) -> str:
-    found = [(d["name"], d["capability"]) for d in _devices()]
     wanted = ".".join(map(str, target.capability))
-    if any(capability == wanted for _, capability in found):
+    if any(device["capability"] == wanted for device in _devices()):
         return "yes"
-    have = ", ".join(f"{name} ({capability})" for name, capability in found) or "no CUDA device"
-    return f"no: it needs a device of capability {wanted}; here: {have}"
+    return f"no: no device of capability {wanted} here"

@@ -127,5 +127,7 @@ def test_errors_are_one_object_or_one_line(args, kind, word):
 
 
 def test_tables_are_readable():
-    assert "bits differing" in invoke("demo", "--mnk", "16,16,32")
-    assert "sm_121a" in invoke("doctor")
+    assert "of emulation" in invoke("demo", "--mnk", "16,16,32")
+    told = invoke("doctor")
+    assert "sm_121a" in told
+    assert torch.cuda.is_available() or told.rstrip().endswith("nvfp4dsl demo")
