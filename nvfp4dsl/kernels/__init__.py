@@ -9,6 +9,7 @@ from cutlass import Float32, Int32, Uint8
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, plan
+from nvfp4dsl.config.skinny import reads_x_once
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.flat import ALIGNED_X, FlatRows
@@ -34,7 +35,7 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | FlatRow
     """
     planned = plan(spec, tile, target)
     if spec.activation == "bf16":
-        skinny = SkinnyGemm if tile.split == 1 else StationaryGemm
+        skinny = StationaryGemm if reads_x_once(tile) else SkinnyGemm
         kernel = MixedInputGemm if planned.tile.mainloop else skinny  # only its tiles have a choice of inner loops
         return FlatRows(kernel(planned), _row_divisor(spec)), _w4a16_arguments(spec)
     mainloop = MAINLOOPS[get_target(target).mainloops[spec.activation][0]]

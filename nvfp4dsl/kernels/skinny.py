@@ -169,7 +169,7 @@ class WeightStream:
         self.codes = shared_address(smem["b"]) + warp * (plan.stages * self.rows * CHUNK_CODES)
         self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * self.rows * CHUNK_SCALES)
         self.steps = mCodes.shape[2]
-        self.warps, self.number = MMA_WARPS * plan.tile.split, warp * plan.tile.split + rank
+        self.warps, self.number = plan.warps[1] * plan.tile.split, warp * plan.tile.split + rank
         total = cute.ceil_div(self.steps, CHUNK_STEPS)
         self.chunks = (total - self.number + (self.warps - 1)) // self.warps
         self.several = total > self.warps

@@ -1,17 +1,28 @@
-"""The skinny GEMM for targets with clusters: x stays in registers, and the warps of a cluster share K.
+"""The skinny GEMM that reads x once: it stays in registers or in shared memory.
 
-What :mod:`nvfp4dsl.kernels.skinny` reads again for every row tile, x, is here read once. Weights stream and are decoded
-as there.
+What :mod:`nvfp4dsl.kernels.skinny` reads again for every row tile, x, is here read once, before the first weights are
+there, so that nothing but weights is waited for. Weights stream and are decoded as there.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8
 
-from nvfp4dsl.config.skinny import CHUNK_STEPS, SUMS_BUFFERS, X_STEP_BYTES, Sums
-from nvfp4dsl.config.spec import MMA_N, MMA_WARPS, WARP, Plan
+from nvfp4dsl.config.skinny import (
+    CHUNK_STEPS,
+    SUMS_BUFFERS,
+    X_CHUNK_BYTES,
+    X_STEP_BYTES,
+    ZEROS_BYTES,
+    Sums,
+    resident,
+    x_slots,
+)
+from nvfp4dsl.config.spec import MMA_N, WARP, Plan
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.instructions import (
+    async_copy_v4,
+    async_copies_wait,
     cluster_address,
     fma,
     ldmatrix_x4,
@@ -20,6 +31,7 @@ from nvfp4dsl.kernels.instructions import (
     prefetch_global,
     shared_address,
     store_async_f32x2,
+    store_shared_f32x2,
     store_shared_v4,
 )
 from nvfp4dsl.kernels.skinny import MMAS, WeightStream
@@ -30,20 +42,21 @@ class StationaryGemm:
     """``Y[l] = X[l] @ W[l].T * alpha (+ bias)``, X in bf16, W in NVFP4, fragment order.
 
     A cluster of ``split`` CTAs computes 16 or 32 output columns (rows of W) for all tokens of its tile, then those
-    ``stride`` further on, and so forth; its ``8 split`` warps share K. A warp owns one chunk of 256 k and keeps the B
-    fragments of x for it in registers. When K has more chunks than the cluster has warps, a warp takes several in turn,
-    and x anew for each.
+    ``stride`` further on, and so forth; its warps, 8 or 16 a CTA, share K: each owns every so-many-th chunk of 256 k.
+    Where a warp owns one, it keeps the B fragments of x for it in registers. Of up to 4 tokens, it keeps what it owns
+    of x in shared memory. Otherwise it takes x anew for each chunk.
 
     Every CTA adds up its share of the tile's rows, in a fixed order, so every warp sends sums to every CTA of the
     cluster. They are added a row tile late, so that no warp waits for another.
 
-    ====================  ==========  ===================================================
-    barrier               count       arrivals a phase
-    ====================  ==========  ===================================================
-    full[warp][stage]     8 x stages  1 (lane 0, with the chunk's bytes), completed by TMA
-    sums[buffer]          2           1 (thread 0, with the bytes of all warps of the cluster),
-                                      completed by their asynchronous stores
-    ====================  ==========  ===================================================
+    ====================  ==============  ===================================================
+    barrier               count           arrivals a phase
+    ====================  ==============  ===================================================
+    full[warp][stage]     warps x stages  1 (lane 0, with the chunk's bytes), completed by TMA
+    sums[buffer]          2               1 (thread 0, with the bytes of all warps of the cluster),
+                                          completed by their asynchronous stores;
+                                          without a cluster, one of each warp
+    ====================  ==============  ===================================================
 
     Launched with programmatic dependent launch, the weights are requested before ``griddepcontrol.wait`` where they do
     not depend on the kernel before.
@@ -76,7 +89,7 @@ class StationaryGemm:
         self.kernel(x, codes, scales, alpha, bias, y).launch(
             grid=[clusters * split, token_tiles, y.shape[0]],
             block=[self.plan.threads, 1, 1],
-            cluster=[split, 1, 1],
+            cluster=[split, 1, 1] if split > 1 else None,
             stream=stream,
             min_blocks_per_mp=self.plan.ctas_per_sm,
             preferred_smem_carveout=100,  # percent: left out, the compiler would ask a driver
@@ -107,12 +120,9 @@ class StationaryGemm:
         outputs = Outputs(plan, mAlpha, mBias, mY, smem, batch, token_tile, warp, rank, lane)
         weights.init_barriers()
         outputs.init_barriers()
-        StationaryWarp(
-            plan,
-            weights,
-            TokenFragments(plan, mX, smem["x"], batch, token_tile, warp, lane),
-            outputs,
-        ).run(block // split, cute.arch.grid_dim()[0] // split)
+        kind = ResidentTokens if resident(plan.tile) else RegisterTokens
+        tokens = kind(plan, mX, smem["x"], weights, batch, token_tile, warp, lane)
+        StationaryWarp(plan, weights, tokens, outputs).run(block // split, cute.arch.grid_dim()[0] // split)
 
 
 class StationaryWarp:
@@ -131,10 +141,9 @@ class StationaryWarp:
         self.outputs.prefetch_factors(first)
         ahead = self.weights.start(first, stride)
         x = cute.make_rmem_tensor((2 * MMAS, plan.blocks[1], CHUNK_STEPS), Int32)
-        if not self.weights.several:
-            self.tokens.load(x, self.weights.first_step(0))
+        self.tokens.begin(x)
         factors = self.outputs.load_factors(first)
-        cute.arch.cluster_wait()  # every CTA's barriers are there to be completed on
+        self.outputs.wait_barriers()
         # Two sums an output where there are few of them: an MMA that adds to the last one's result waits for it.
         chains = 2 if plan.blocks[0] * plan.blocks[1] <= 2 else 1
         accumulators = cute.make_rmem_tensor((4, plan.blocks[1], plan.blocks[0], chains), Float32)
@@ -144,7 +153,7 @@ class StationaryWarp:
             coming = self.outputs.load_factors(tile + stride)
             for chunk in cutlass.range(chunks, unroll=1):
                 if self.weights.several:
-                    self.tokens.load(x, self.weights.first_step(chunk))
+                    self.tokens.load(x, chunk)
                 self.weights.wait(stage, phase)
                 self.weights.multiply(accumulators, x, chunk, stage)
                 # all lanes have read the chunk: its place is free
@@ -164,23 +173,90 @@ class StationaryWarp:
         self.outputs.reduce(first + (turn - 1) * stride, turn - 1)
 
 
-class TokenFragments:
-    """The B fragments of x: for each of a step's four MMAs and each token of a lane's group, k 2t, 2t + 1 and 8 beyond.
+class Tokens:
+    """The B fragments of x: for each of a step's four MMAs and each token of a lane's group, k 2t, 2t + 1 and 8 beyond;
+    (words, token blocks, steps) of one chunk. Zeros past the last token and past K.
 
-    x comes in whole rows of a step, 128 bytes a token, and turns into fragments in a corner of shared memory that the
-    warp has for itself. There, piece p (16 bytes) of token g lies at place p ^ g of its row, so that neither the rows
-    that are written nor the columns that ldmatrix reads meet in a bank.
+    x comes in whole rows of a step, 128 bytes a token, and turns into fragments in shared memory that the warp has for
+    itself. There, piece p (16 bytes) of token g lies at place p ^ g of its row, so that neither the rows that are
+    written nor the columns that ldmatrix reads meet in a bank.
     """
 
-    def __init__(self, plan: Plan, mX: cute.Tensor, corner: cute.Pointer, batch, token_tile, warp, lane: Int32):
-        self.plan, self.mX, self.batch, self.token_tile, self.lane = plan, mX, batch, token_tile, lane
-        self.corner = shared_address(corner) + warp * X_STEP_BYTES
+    def __init__(self, plan: Plan, mX, smem: cute.Pointer, weights, batch, token_tile, warp, lane: Int32):
+        self.plan, self.mX, self.weights, self.batch = plan, mX, weights, batch
+        self.token_tile, self.lane = token_tile, lane
+        (size,) = (field.bytes for field in plan.smem if field.name == "x")
+        self.corner = shared_address(smem) + warp * (size // plan.warps[1])
+
+
+class ResidentTokens(Tokens):
+    """Of up to four tokens: all chunks of a warp stay in shared memory, or as many as have room. The last place is then
+    for all others in turn."""
 
     @cute.jit
-    def load(self, x: cute.Tensor, first_step: Int32):
-        """(words, token blocks, steps) from global memory; zeros past the last token and past K."""
+    def begin(self, x: cute.Tensor):
+        """Ask for all chunks at once."""
+        zeros = self.corner
+        if self.lane == 0:
+            store_shared_v4(zeros, [Int32(0)] * 4)
+        for chunk in cutlass.range(cutlass.min(self.weights.chunks, x_slots(self.plan)), unroll=2):
+            self._copy(chunk, chunk)
+        async_copies_wait()
+        cute.arch.sync_warp()
+        if not self.weights.several and self.weights.chunks > 0:
+            self._read(x, Int32(0))
+
+    @cute.jit
+    def load(self, x: cute.Tensor, chunk: Int32):
+        last = x_slots(self.plan) - 1
+        if chunk >= last and self.weights.chunks > last + 1:
+            cute.arch.sync_warp()  # the place has been read
+            self._copy(chunk, Int32(last))
+            async_copies_wait()
+            cute.arch.sync_warp()
+        self._read(x, cutlass.min(chunk, last))
+
+    @cute.jit
+    def _copy(self, chunk: Int32, slot: Int32):
+        """Each lane a piece of 8 k of every token."""
+        mX, lane, tokens = self.mX, self.lane, self.plan.tile.m
+        _, m, k = mX.shape
+        first = self.weights.first_step(chunk) * FRAGMENT_K + lane * 8
+        step, piece = lane // 8, lane % 8
+        for token in cutlass.range_constexpr(tokens):
+            row = self.token_tile * tokens + token
+            source = Int64(mX[self.batch, cutlass.min(row, m - 1), None].iterator.toint()) + Int64(first) * 2
+            place = self._slot(slot) + (step * tokens + token) * X_STEP_BYTES + (piece ^ token) * 16
+            async_copy_v4(place, source, cutlass.and_(row < m, first < k))
+
+    def _slot(self, slot: Int32) -> Int32:
+        return self.corner + ZEROS_BYTES + slot * (self.plan.tile.m * X_CHUNK_BYTES)
+
+    @cute.jit
+    def _read(self, x: cute.Tensor, slot: Int32):
+        token, piece, tokens = self.lane % 8, self.lane // 8, self.plan.tile.m
+        for step in cutlass.range_constexpr(CHUNK_STEPS):
+            row = self._slot(slot) + (step * tokens + token) * X_STEP_BYTES
+            for half in cutlass.range_constexpr(2):
+                place = row + ((piece + 4 * half) ^ token) * 16
+                fragments = ldmatrix_x4(cutlass.select_(token < tokens, place, self.corner))
+                for i in cutlass.range_constexpr(4):
+                    x[4 * half + i, 0, step] = fragments[i]
+
+
+class RegisterTokens(Tokens):
+    """A warp's one chunk goes into registers; of several, each when it is wanted."""
+
+    @cute.jit
+    def begin(self, x: cute.Tensor):
+        if not self.weights.several:
+            self.load(x, Int32(0))
+
+    @cute.jit
+    def load(self, x: cute.Tensor, chunk: Int32):
         mX, lane, tokens, corner = self.mX, self.lane, self.token_tile * self.plan.tile.m, self.corner
         _, m, k = mX.shape
+        first_step = self.weights.first_step(chunk)
         row, piece = lane // 8, lane % 8
         words = cute.make_rmem_tensor((4, 2, CHUNK_STEPS, self.plan.blocks[1]), Int32)
         for j in cutlass.range_constexpr(self.plan.blocks[1]):
@@ -224,18 +300,27 @@ class Outputs:
         self.batch, self.token_tile, self.warp, self.rank, self.lane = batch, token_tile, warp, rank, lane
         self.sums = Sums(plan.tile)
         self.base = shared_address(smem["partials"])
-        self.barriers = cute.recast_ptr(smem["barriers"], dtype=Int64) + MMA_WARPS * plan.stages
+        self.barriers = cute.recast_ptr(smem["barriers"], dtype=Int64) + plan.warps[1] * plan.stages
+        self.clustered = plan.tile.split > 1
         self.thread = warp * WARP + lane
-        self.tokens = mY.shape[1] - token_tile * plan.tile.m
+        self.tokens = cutlass.min(mY.shape[1] - token_tile * plan.tile.m, plan.tile.m)
         self.factors = self._make_factors()
 
     @cute.jit
     def init_barriers(self):
         if self.thread == 0:
             for buffer in cutlass.range_constexpr(SUMS_BUFFERS):
-                cute.arch.mbarrier_init(self.barriers + buffer, 1)
+                cute.arch.mbarrier_init(self.barriers + buffer, 1 if self.clustered else self.plan.warps[1])
         cute.arch.mbarrier_init_fence()
-        cute.arch.cluster_arrive_relaxed()
+        if cutlass.const_expr(self.clustered):
+            cute.arch.cluster_arrive_relaxed()
+
+    def wait_barriers(self) -> None:
+        """Until every CTA's barriers are there to be arrived at."""
+        if self.clustered:
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
     @cute.jit
     def write_sums(self, accumulators: cute.Tensor, turn: Int32):
@@ -243,24 +328,31 @@ class Outputs:
         sums, (rows, blocks) = self.sums, self.plan.blocks
         g, pair = self.lane // 4, self.lane % 4 * 2
         buffer = turn % SUMS_BUFFERS
-        source = self.base + (buffer * sums.sources + self.rank * MMA_WARPS + self.warp) * (sums.pitch * 4)
+        source = self.base + (buffer * sums.sources + self.rank * self.plan.warps[1] + self.warp) * (sums.pitch * 4)
         barrier = shared_address(self.barriers) + buffer * 8
-        # Others may be ahead and their bytes here already: a phase lasts until it has both arrival and bytes.
         cute.arch.sync_warp()
-        size = sums.sources * sums.rows * 8 * (cutlass.min(self.tokens + 1, self.plan.tile.m) // 2)
-        if self.thread == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(self.barriers + buffer, size)
+        if cutlass.const_expr(self.clustered):
+            # Others may be ahead and their bytes here already: a phase lasts until it has both arrival and bytes.
+            size = sums.sources * sums.rows * 8 * ((self.tokens + 1) // 2)
+            if self.thread == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(self.barriers + buffer, size)
         for i in cutlass.range_constexpr(rows):
             for h in cutlass.range_constexpr(2):
                 first = i * FRAGMENT_ROWS + h * 8
                 rank, row = first // sums.rows + g // sums.rows, first % sums.rows + g % sums.rows
-                address = cluster_address(source + (row * MMA_N + pair) * 4, rank)
-                completed = cluster_address(barrier, rank)
                 for j in cutlass.range_constexpr(blocks):
                     if MMA_N * j + pair < self.tokens:
-                        place = address + j * sums.rows * MMA_N * 4
-                        pair_of_sums = (_sum(accumulators[2 * h + e, j, i, None]) for e in range(2))
-                        store_async_f32x2(place, *pair_of_sums, completed)
+                        place = source + ((j * sums.rows + row) * MMA_N + pair) * 4
+                        low, high = (_sum(accumulators[2 * h + e, j, i, None]) for e in range(2))
+                        if cutlass.const_expr(self.clustered):
+                            there = cluster_address(place, rank), cluster_address(barrier, rank)
+                            store_async_f32x2(there[0], low, high, there[1])
+                        else:
+                            store_shared_f32x2(place, low, high)
+        if cutlass.const_expr(not self.clustered):
+            cute.arch.sync_warp()
+            if self.lane == 0:
+                cute.arch.mbarrier_arrive(self.barriers + buffer)
 
     def _make_factors(self) -> cute.Tensor:
         return cute.make_rmem_tensor((self.sums.outputs, 1 if self.plan.spec.bias is None else 2), Float32)
@@ -284,7 +376,7 @@ class Outputs:
 
     def _output(self, t: int) -> Int32:
         """Number of this thread's t-th output among those of the CTA; neighbouring lanes share it."""
-        return (t * MMA_WARPS * WARP + self.thread) // self.sums.lanes
+        return (t * self.plan.threads + self.thread) // self.sums.lanes
 
     def _column(self, tile: Int32, t: int) -> Int32:
         return tile * self.plan.tile.n + self.rank * self.sums.rows + self._output(t) // MMA_N % self.sums.rows
@@ -293,27 +385,27 @@ class Outputs:
     def reduce(self, tile: Int32, turn: Int32):
         """Add up the sums of a tile and store."""
         sums, mY, factors = self.sums, self.mY, self.factors
-        _, m, n = mY.shape
+        n = mY.shape[2]
         buffer = turn % SUMS_BUFFERS
         cute.arch.mbarrier_wait(self.barriers + buffer, turn // SUMS_BUFFERS % 2)
         part = self.lane % sums.lanes
         for t in cutlass.range_constexpr(sums.outputs):
             output = self._output(t)
-            token = self.token_tile * self.plan.tile.m + output // (MMA_N * sums.rows) * MMA_N + output % MMA_N
+            token = output // (MMA_N * sums.rows) * MMA_N + output % MMA_N
             column = self._column(tile, t)
             address = self.base + ((buffer * sums.sources + part) * sums.pitch + output) * 4
             total = Float32(0.0)
-            if token < m:
+            if token < self.tokens:
                 for i in cutlass.range_constexpr(sums.sources // sums.lanes):
                     total += load_shared_f32(address + i * (sums.lanes * sums.pitch * 4))
             for bit in cutlass.range_constexpr(sums.lanes.bit_length() - 1):
                 total += cute.arch.shuffle_sync_bfly(total, 1 << bit)
-            if token < m and column < n and part == 0:
+            if token < self.tokens and column < n and part == 0:
                 alpha = factors[t, 0] * Float32(2.0**-FRAGMENT_EXPONENT)
                 value = total * alpha
                 if cutlass.const_expr(self.plan.spec.bias is not None):
                     value = fma(total, alpha, factors[t, 1])
-                mY[self.batch, token, column] = value.to(mY.element_type)
+                mY[self.batch, self.token_tile * self.plan.tile.m + token, column] = value.to(mY.element_type)
 
 
 def _sum(values: cute.Tensor) -> Float32:
