@@ -106,8 +106,8 @@ def turns_cost(tile: TileConfig, n: int, k: int, sms: int) -> float:
 
 
 def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:
-    """Every tile of the family."""
-    return TILES
+    """Every combination of the extents; not all are legal."""
+    return tuple(TileConfig(m, n, k, split=s) for m, n, k, s in itertools.product(TILE_M, TILE_N, TILE_K, SPLITS))
 
 
 def smem_fields(tile: TileConfig, stages: int, slots: int = 1) -> tuple[SmemField, ...]:

@@ -16,8 +16,16 @@ CASES = [
     *((target, shape) for target in ("sm_90a", "sm_121a") for shape in SHAPES if target == "sm_121a" or shape[0] <= 8),
     *(("sm_120a", SHAPES[2]), ("sm_100a", SHAPES[2]), ("sm_100a", SHAPES[4])),
 ]
-# K of one chunk and of several a warp, tokens and rows that fill no tile, clusters without work for some warps
-SPLIT_CASES = [
+# K of one chunk and of several a warp, more of x than shared memory keeps, tokens and rows that fill no tile, clusters
+# without work for some warps
+ONCE_CASES = [
+    ("sm_90a", "1x16x2048", (1, 35, 80)),
+    ("sm_90a", "1x32x4096", (3, 70, 4112)),
+    ("sm_121a", "2x32x2048", (2, 70, 2320)),
+    ("sm_90a", "4x32x4096", (3, 70, 14336)),
+    ("sm_120a", "2x16x4096", (2, 70, 2064)),
+    ("sm_90a", "16x16x4096", (13, 40, 4112)),
+    ("sm_100a", "4x16x2048/4", (4, 50, 8192)),
     ("sm_90a", "8x16x2048/2", (1, 35, 80)),
     ("sm_90a", "8x32x2048/2", (3, 200, 2304)),
     ("sm_90a", "8x16x2048/4", (8, 100, 2880)),
@@ -80,8 +88,8 @@ def test_shapes(target, shape):
     _check(_linear(x, weight, target), x, weight)
 
 
-@pytest.mark.parametrize(("target", "tile", "shape"), SPLIT_CASES, ids=str)
-def test_k_shared_by_a_cluster(target, tile, shape):
+@pytest.mark.parametrize(("target", "tile", "shape"), ONCE_CASES, ids=str)
+def test_x_read_once(target, tile, shape):
     m, n, k = shape
     x, weight = _random(m, k), nv.quantize(_random(n, k, seed=1))
     y, _ = _forced(x, weight, target, tile)
