@@ -21,8 +21,8 @@ from nvfp4dsl.config.skinny import (
 from nvfp4dsl.config.spec import MMA_N, WARP, Plan
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.instructions import (
-    async_copy_v4,
     async_copies_wait,
+    async_copy_v4,
     cluster_address,
     fma,
     ldmatrix_x4,
