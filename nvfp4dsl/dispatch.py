@@ -47,6 +47,8 @@ OVERLAPS = {"weights": (True, True), "launch": (True, False), "none": (False, Tr
 DEFAULT_OVERLAP = "weights"
 #: most tokens for which the skinny kernel is the faster one, by the other kernel's inner loop
 SKINNY_TOKENS = {"wgmma": 8, "hmma": 16}
+#: dtypes of activations that a W4A4 kernel can quantize itself
+QUANTIZED = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -
         if m > SKINNY_TOKENS[mixed_input.mainloops(get_target(target))[0]]:
             return mixed_input.choose(spec, m, n, k, get_target(target), sms)
         return skinny.choose(spec, m, n, k, get_target(target), sms)
-    return omma.choose(m, n, k, sms)
+    return omma.choose(m, n, k, sms, candidates)
 
 
 _kernels: dict[tuple[GemmSpec, TileConfig, str], jit.CompiledKernel] = {}
@@ -219,8 +221,62 @@ def gemm(
     kernel = gemm_kernel(a, b, bias, out_dtype, tile, overlap)
     out = torch.empty((*a.batch_shape, a.shape[-2], b.shape[-2]), dtype=out_dtype, device=a.device)
     if out.numel():
-        run(kernel, _arguments(kernel.tile, a, b, bias, out))
+        run(kernel, _arguments(kernel.tile, *_tokens(a), b, bias, out))
     return out
+
+
+def quantizing_gemm(
+    x: torch.Tensor,
+    global_scale: torch.Tensor,
+    b: NVFP4Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    tile: TileConfig | None = None,
+    overlap: str = DEFAULT_OVERLAP,
+) -> torch.Tensor:
+    """``gemm(quantize(x, global_scale), b, bias)`` bit for bit, in one launch; for few tokens.
+
+    Args:
+        x: bfloat16 or float16 [..., M, K], on a CUDA device or inside ``emulate``; copied if K is not contiguous or
+            rows do not start on 16 bytes.
+        global_scale: fp32, [] or one for each matrix.
+        b, bias, out_dtype: as :func:`gemm` takes them.
+        tile: forces one, a decode tile of up to 16 tokens; by default :func:`choose_tile`.
+        overlap: as ``linear`` takes it.
+
+    Raises:
+        As :func:`gemm`.
+    """
+    target = site(x.device)
+    if target is None:
+        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    check_layout("b", b, target, "nvfp4")
+    if x.dtype not in QUANTIZED:
+        raise OperandError(f"x is {x.dtype}; this kernel quantizes {', '.join(map(str, QUANTIZED))}")
+    if x.device.type == "cpu":
+        reference.check_finite(x)
+    *batch, m, _ = x.shape
+    out = torch.empty((*batch, m, b.n), dtype=out_dtype, device=x.device)
+    if not out.numel():
+        return out
+    bias_dtype = None if bias is None else bias.dtype
+    spec = gemm_spec(b.n, out_dtype, bias_dtype, overlap, x.dtype)
+    tile = tile or choose_tile(spec, m, b.n, b.k, target.name, sm_count(x.device))
+    kernel = kernel_for(spec, tile, target.name, f"M {m}, N x K {b.n} x {b.k}")
+    alpha = global_scale.expand(batch).reshape(-1)
+    run(kernel, _arguments(kernel.tile, aligned_rows(x), None, alpha, b, bias, out))
+    return out
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., M, K] as [L, M, K] with rows that 16-byte loads can read; a copy where they cannot."""
+    m, k = x.shape[-2:]
+    rows = x.reshape(-1, m, k)
+    vector = TMA_ROW_BYTES // x.element_size()
+    if rows.stride(-1) != 1 or rows.data_ptr() % TMA_ROW_BYTES or any(s % vector for s in rows.stride()[:-1]):
+        rows = rows.contiguous().view(-1, m, k)
+    return rows
 
 
 def gemm_kernel(
@@ -246,8 +302,14 @@ def gemm_kernel(
     return kernel_for(spec, tile, target.name, f"M {m}, N x K {n} x {b.k}")
 
 
-def gemm_spec(n: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, overlap: str = "launch") -> GemmSpec:
-    """The spec of :func:`gemm` with ``b`` [n, K].
+def gemm_spec(
+    n: int,
+    out_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    overlap: str = "launch",
+    quantizes: torch.dtype | None = None,
+) -> GemmSpec:
+    """The spec of :func:`gemm` with ``b`` [n, K]; of :func:`quantizing_gemm` for ``quantizes``, the dtype of x.
 
     Raises:
         ModeError: unknown ``overlap``.
@@ -261,7 +323,13 @@ def gemm_spec(n: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, ov
         aligned_rows=n * FLOAT_BYTES[name] % TMA_ROW_BYTES == 0,
         pdl=pdl,
         early_weights=early_weights,
+        quantizes=None if quantizes is None else FLOATS[quantizes],
     )
+
+
+def quantizes_rows(m: int, dtype: torch.dtype) -> bool:
+    """Whether :func:`quantizing_gemm` is for so many rows of ``dtype``: beyond, quantizing them once is cheaper."""
+    return m <= omma.MAX_QUANTIZED_TOKENS and dtype in QUANTIZED
 
 
 def _overlap(overlap: str) -> tuple[bool, bool]:
@@ -390,24 +458,41 @@ def load(kernel: jit.CompiledKernel, device: torch.device) -> None:
     out_dtype, bias_dtype = TORCH[spec.out_dtype], TORCH.get(spec.bias)
     bias = None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype, device=device)
     if spec.activation == "nvfp4":
-        arguments = _arguments(kernel.tile, weight, weight, bias, torch.empty(n, n, dtype=out_dtype, device=device))
+        tokens: tuple[Any, Any, Any] = _tokens(weight)
+        if spec.quantizes:
+            x = torch.zeros(1, n, k, dtype=TORCH[spec.quantizes], device=device)
+            tokens = x, None, torch.ones(1, device=device)
+        out = torch.empty(n, n, dtype=out_dtype, device=device)
+        arguments = _arguments(kernel.tile, *tokens, weight, bias, out)
     else:
         x, y = (torch.zeros(1, size, dtype=t, device=device) for size, t in ((k, torch.bfloat16), (n, out_dtype)))
         arguments = (x, *linear_operands(weight), bias, y)
     run(kernel, arguments)
 
 
+def _tokens(a: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and alpha of the activations, with the batch flattened to one dimension."""
+    batch = a.batch_shape.numel()
+    codes, scales = (t.view(batch, *t.shape[len(a.batch_shape) :]) for t in (a.qdata, a.scale.view(torch.uint8)))
+    return codes, scales, a.global_scale.expand(a.batch_shape).reshape(batch)
+
+
 def _arguments(
-    tile: TileConfig, a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    tile: TileConfig,
+    a: torch.Tensor,
+    sfa: torch.Tensor | None,
+    alpha_a: torch.Tensor,
+    b: NVFP4Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> tuple[Any, ...]:
     """The kernel's arguments but the last: views with the batch flattened to one dimension."""
     m, n = out.shape[-2:]
     batch = out.numel() // (m * n)
-    alpha_a = a.global_scale.expand(a.batch_shape).reshape(batch)
     alpha_b = b.row_scale().reshape(batch, n)
     return (
-        a.qdata.view(batch, m, -1),
-        a.scale.view(torch.uint8).view(batch, *a.scale.shape[-3:]),
+        a,
+        sfa,
         b.qdata.view(batch, n, -1),
         b.scale.view(torch.uint8).view(batch, *b.scale.shape[-3:]),
         alpha_a,

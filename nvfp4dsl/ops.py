@@ -239,6 +239,7 @@ def linear(
     *,
     activation: str | None = None,
     overlap: str = DEFAULT_OVERLAP,
+    activation_scale: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, differentiable in ``x`` (through the dequantized weight, which is frozen) and ``bias``.
 
@@ -246,8 +247,12 @@ def linear(
         x: bf16, fp16 or fp32 [..., K], any strides.
         weight: [N, K], or [..., N, K] with x's batch dimensions.
         bias: [N], added in fp32.
-        activation: the numeric mode: ``"bf16"`` leaves x as it is (W4A16, the default), ``"nvfp4"`` quantizes it with a
-            global scale of its own (W4A4). Nothing else changes it, on any device or at any M.
+        activation: the numeric mode: ``"bf16"`` leaves x as it is (W4A16, the default), ``"nvfp4"`` quantizes it
+            (W4A4). Nothing else changes it, on any device or at any M.
+        activation_scale: in mode nvfp4, the global scale that x is quantized by: a number, fp32 [], or for a weight
+            with batch dimensions one for each matrix. A checkpoint's ``input_scale``, or from
+            :class:`nvfp4dsl.Calibration`. With one, up to 16 rows of bf16 or fp16 are quantized within the GEMM, where
+            there is FP4 MMA: one launch; more rows take two. Without, x's own is found first, which takes one more.
         overlap: how far the kernel may run ahead of the one before it on its stream (programmatic dependent launch).
             ``"weights"``: it starts, and asks for the weight, before the one before has ended, but never reads x, nor
             writes, before that. Give ``"launch"`` where a kernel on this stream that may not have ended writes the
@@ -258,11 +263,14 @@ def linear(
 
     Raises:
         OperandError: shapes, dtypes or devices do not match.
-        ModeError: unknown activation mode or overlap, or the weight asks for a gradient.
+        ModeError: unknown activation mode or overlap, an ``activation_scale`` in mode bf16, or the weight asks for a
+            gradient.
         LaunchError: a CUDA graph is being captured, and the kernel is not loaded yet; see :func:`warmup`.
         TargetError: the device has no kernel for the mode.
     """
-    if not is_dynamo_compiling():  # which Dynamo takes for a constant, and looks no further
+    if (
+        activation_scale is None and not is_dynamo_compiling()
+    ):  # which Dynamo takes for a constant, and looks no further
         launch = getattr(weight, eager.LAUNCH, None)
         y = launch(x, bias, activation, overlap) if launch is not None else NotImplemented
         if y is NotImplemented:
@@ -278,7 +286,17 @@ def linear(
         raise ModeError(
             "the weight asks for a gradient, but an NVFP4 weight is frozen; train x, the bias or an adapter"
         )
-    return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), bias, mode, overlap)
+    scale = None
+    if activation_scale is not None:
+        if mode != "nvfp4":
+            raise ModeError(f"activation_scale is given, but in mode {mode!r} x is not quantized: activation='nvfp4'")
+        scale = quantization.global_scale_for(_rows(x, weight), activation_scale)
+    return torch.ops.nvfp4dsl.linear(x, *_parts(weight), list(weight.row_ends or ()), bias, mode, overlap, scale)
+
+
+def _rows(x: torch.Tensor, weight: NVFP4Tensor) -> torch.Tensor:
+    """x as the kernels see it: a batch of matrices if the weight is one, else one matrix."""
+    return x if weight.batch_shape else x.reshape(-1, x.shape[-1])
 
 
 def warmup(
@@ -289,6 +307,7 @@ def warmup(
     bias: torch.dtype | None = None,
     activation: str | None = None,
     overlap: str = DEFAULT_OVERLAP,
+    activation_scale: bool = False,
     target: str | None = None,
 ) -> list[CompiledKernel]:
     """Compile, in parallel, what :func:`linear` will need, and load it onto the device: so no call waits for the
@@ -302,6 +321,7 @@ def warmup(
         dtype: of x.
         bias: dtype of the bias, None without one.
         activation, overlap: as :func:`linear` will be given.
+        activation_scale: whether :func:`linear` will be given one.
         target: e.g. ``"sm_90a"``; by default that of the weight's device, for an (N, K) of the current CUDA device.
             Kernels of another device's target are compiled into the cache on disk, which needs no GPU.
 
@@ -326,12 +346,14 @@ def warmup(
         at = get_target(target) if target else own
         if at is None:
             raise TargetError("there is no CUDA device to warm up for; name a target, e.g. target='sm_90a'")
-        if mode == "nvfp4" and "nvfp4" in at.mainloops:
-            spec = dispatch.gemm_spec(n, dtype, bias, overlap)
-        else:
-            spec = dispatch.linear_spec(n, k, dtype, bias, overlap)
         sms = dispatch.sm_count(here) if at == own else dispatch.first_device_sms(at.name)
-        requests += [(spec, dispatch.choose_tile(spec, m, n, k, at.name, sms), at.name) for m in rows]
+        for m in rows:
+            if mode == "nvfp4" and "nvfp4" in at.mainloops:
+                quantizes = dtype if activation_scale and dispatch.quantizes_rows(m, dtype) else None
+                spec = dispatch.gemm_spec(n, dtype, bias, overlap, quantizes)
+            else:
+                spec = dispatch.linear_spec(n, k, dtype, bias, overlap)
+            requests.append((spec, dispatch.choose_tile(spec, m, n, k, at.name, sms), at.name))
     return dispatch.warm(requests, here)
 
 
@@ -467,23 +489,28 @@ def _linear(
     bias: torch.Tensor | None,
     activation: str,
     overlap: str,
+    activation_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     weight = _tensor(qdata, scale, global_scale, layout, n, k, row_ends)
     target = dispatch.site(x.device)
     if target is None:
-        return reference.linear(x, weight, bias, activation)
+        return reference.linear(x, weight, bias, activation, activation_scale=activation_scale)
     if weight.batch_shape and weight.batch_shape != x.shape[:-2]:
         raise OperandError(
             f"the weight's batch is {list(weight.batch_shape)} and x's {list(x.shape[:-2])}; kernels take equal "
             "batches, so expand one"
         )
     if activation == "nvfp4" and "nvfp4" in target.mainloops:
-        rows = x if weight.batch_shape else x.reshape(-1, x.shape[-1])
+        rows = _rows(x, weight)
         dispatch.check_layout("weight", weight, target, "nvfp4")  # before anything is launched
-        quantized = _quantized(rows, None, None, layout=BLACKWELL)
-        y = dispatch.gemm(quantized, weight, bias, out_dtype=x.dtype, overlap=overlap)
+        if activation_scale is not None and dispatch.quantizes_rows(rows.shape[-2], x.dtype):
+            y = dispatch.quantizing_gemm(rows, activation_scale, weight, bias, out_dtype=x.dtype, overlap=overlap)
+        else:
+            quantized = _quantized(rows, None, activation_scale, layout=BLACKWELL)
+            y = dispatch.gemm(quantized, weight, bias, out_dtype=x.dtype, overlap=overlap)
     else:
-        y = _linear_w4a16(x.reshape(-1, x.shape[-1]), weight, bias, activation, target, x.dtype, overlap)
+        rows = x.reshape(-1, x.shape[-1])
+        y = _linear_w4a16(rows, weight, bias, activation, target, x.dtype, overlap, activation_scale)
     return y.reshape(*x.shape[:-1], weight.shape[-2])
 
 
@@ -495,6 +522,7 @@ def _linear_w4a16(
     target: Target,
     out_dtype: torch.dtype,
     overlap: str,
+    activation_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """Through the kernel that multiplies bf16.
 
@@ -504,13 +532,13 @@ def _linear_w4a16(
     factor = None
     if activation == "nvfp4":
         dispatch.check_layout("weight", weight, target, "bf16")  # before anything is launched
-        quantized = _quantized(rows, None, None, layout=CANONICAL)
+        quantized = _quantized(rows, None, activation_scale, layout=CANONICAL)
         rows, factor = reference.scaled_codes(quantized, torch.bfloat16), quantized.global_scale
     return dispatch.w4a16(rows, weight, bias, target, out_dtype, overlap=overlap, factor=factor)
 
 
 @_linear.register_fake
-def _(x, qdata, scale, global_scale, layout, n, k, row_ends, bias, activation, overlap):
+def _(x, qdata, scale, global_scale, layout, n, k, row_ends, bias, activation, overlap, activation_scale=None):
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -518,7 +546,7 @@ _BIAS = 8  # its place among the operator's inputs
 
 
 def _save_for_backward(ctx, inputs, output):
-    _, qdata, scale, global_scale, *ctx.static, _, _, _ = inputs
+    _, qdata, scale, global_scale, *ctx.static, _, _, _, _ = inputs
     ctx.save_for_backward(qdata, scale, global_scale)
 
 
@@ -526,7 +554,7 @@ def _linear_backward(ctx, grad):
     weight = _tensor(*ctx.saved_tensors, *ctx.static)
     grad_x = grad @ reference.dequantize(weight, grad.dtype) if ctx.needs_input_grad[0] else None
     grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[_BIAS] else None
-    return grad_x, *[None] * (_BIAS - 1), grad_bias, None, None
+    return grad_x, *[None] * (_BIAS - 1), grad_bias, None, None, None
 
 
 _linear.register_autograd(_linear_backward, setup_context=_save_for_backward)

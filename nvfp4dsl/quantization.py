@@ -20,7 +20,7 @@ from nvfp4dsl.constants import BLOCK, FP32_MIN_NORMAL
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.errors import LayoutError, OperandError, TargetError
 from nvfp4dsl.formats import CANONICAL, STORAGES, values_at_hand
-from nvfp4dsl.layouts import TMA_ROW_BYTES, ceil_div
+from nvfp4dsl.layouts import ceil_div
 from nvfp4dsl.packing import BLACKWELL
 
 LAYOUTS = (BLACKWELL, CANONICAL)
@@ -113,8 +113,8 @@ def quantize(
         if own is not None:
             own.fill_(1.0)
         return codes, scales, own, linear
-    rows, matrices = _aligned(x), math.prod(batch)
-    up_rows = None if up is None else _aligned(up)
+    rows, matrices = dispatch.aligned_rows(x), math.prod(batch)
+    up_rows = None if up is None else dispatch.aligned_rows(up)
     sms = dispatch.sm_count(x.device)
     tile = tile or choose_tile(matrices * m, k // BLOCK, sms)
     spec = QuantizeSpec(
@@ -160,7 +160,7 @@ def amax(x: torch.Tensor) -> torch.Tensor:
     target = dispatch.site(x.device)
     if target is None:
         raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
-    return _partials(_aligned(x), None, 1, target.name, dispatch.sm_count(x.device)).amax()
+    return _partials(dispatch.aligned_rows(x), None, 1, target.name, dispatch.sm_count(x.device)).amax()
 
 
 def rms_norm(
@@ -193,8 +193,8 @@ def rms_norm(
     codes, scales, _ = empty(x, layout)
     if not x.numel():
         return codes, scales
-    rows, matrices = _aligned(x), math.prod(batch)
-    if residual is not None and _aligned(residual).data_ptr() != residual.data_ptr():
+    rows, matrices = dispatch.aligned_rows(x), math.prod(batch)
+    if residual is not None and dispatch.aligned_rows(residual).data_ptr() != residual.data_ptr():
         raise OperandError(
             f"residual has strides {residual.stride()}; it is written, so K must be contiguous and rows on 16 bytes"
         )
@@ -208,7 +208,7 @@ def rms_norm(
         dispatch.kernel_for(spec, NORM_TILE, target.name),  # type: ignore[arg-type]
         {
             "x": rows,
-            "residual": None if residual is None else _aligned(residual),
+            "residual": None if residual is None else dispatch.aligned_rows(residual),
             "weight": weight,
             "eps": eps,
             "global_scale": global_scale.expand(batch).reshape(matrices),
@@ -265,16 +265,6 @@ def requests(
         (QuantizeSpec(dtype=name, reduce=True), REDUCE_TILES[tile.rows], target),
         (QuantizeSpec(dtype=name, layout=layout, dynamic=True), tile, target),
     ]
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """[L, M, K] with rows that 16-byte loads can read."""
-    m, k = x.shape[-2:]
-    rows = x.reshape(-1, m, k)
-    vector = TMA_ROW_BYTES // x.element_size()
-    if rows.stride(-1) != 1 or rows.data_ptr() % TMA_ROW_BYTES or any(s % vector for s in rows.stride()[:-1]):
-        rows = rows.contiguous().view(-1, m, k)
-    return rows
 
 
 def _partials(rows: torch.Tensor, up: torch.Tensor | None, groups: int, target: str, sms: int) -> torch.Tensor:

@@ -311,16 +311,18 @@ def linear(
     bias: torch.Tensor | None = None,
     activation: str = "bf16",
     out_dtype: torch.dtype | None = None,
+    activation_scale: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """``x @ weight^T + bias`` of a bf16, fp16 or fp32 x [..., M, K], in float64, rounded to out_dtype (x's by default).
 
-    ``activation="bf16"`` (W4A16) takes x as it is, ``"nvfp4"`` (W4A4) quantizes it first with its own global scale.
+    ``activation="bf16"`` (W4A16) takes x as it is, ``"nvfp4"`` (W4A4) quantizes it first, by ``activation_scale`` or
+    its own global scale.
     A weight that is one matrix [N, K] meets an x of any rank, 1-D included; M = 0 gives an empty result.
     """
     check_linear(x, weight, bias, activation)
     rows = x.unsqueeze(0) if x.ndim == 1 else x
     if activation == "nvfp4":
-        y = gemm(quantize(rows), weight, bias)
+        y = gemm(quantize(rows, activation_scale), weight, bias)
     else:
         y = rows.double() @ dequantize(weight, torch.float64).transpose(-2, -1)
         y = y if bias is None else y + bias.double()

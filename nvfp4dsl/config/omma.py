@@ -2,14 +2,17 @@
 
 A tile is named by its output, tokens x weight rows. From 64 tokens on, tokens are the instruction's M (m16 blocks) and
 weight rows its N (n8). A *decode* tile, of fewer tokens, swaps the operands: weight rows fill the m16 side, 8 to 32
-tokens the n8 side, and the output is transposed on its way out.
+tokens the n8 side, and the output is transposed on its way out. With up to 16 tokens the kernel can quantize them
+itself (``GemmSpec.quantizes``): then a decode step is one launch.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
+from nvfp4dsl.config.quantize import QuantizePlan, QuantizeSpec, QuantizeTile
 from nvfp4dsl.config.spec import (
     FLOAT_BYTES,
     MBARRIER_BYTES,
@@ -32,10 +35,12 @@ from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.layouts import SCALE_ATOM_ROWS, SCALE_ATOM_SHAPE, SCALE_ATOM_STRIDE, ceil_div
 from nvfp4dsl.targets import Target
 
-PRODUCER_WARPS = 4
+#: of the producer's group, and those of them that quantize, or else sleep
+PRODUCER_WARPS, QUANTIZER_WARPS = 4, 3
 #: registers a thread after the roles split. The launch gives 12 warps 168 each; setmaxnreg moves whole warpgroups, so
 #: the producer's group (one warp works, three sleep) frees what the MMA warps take: 4 x 40 + 8 x 232 = 12 x 168. With a
-#: sum above the launch's, the taking warps wait forever.
+#: sum above the launch's, the taking warps wait forever. Where the three quantize, all keep what the launch gave: a
+#: decode tile has at most 16 accumulators a thread, and quantizing takes more than 40 registers.
 LAUNCH_REGISTERS, MMA_REGISTERS, PRODUCER_REGISTERS = 168, 232, 40
 #: fp32 accumulators a thread may hold: the rest of its 255 registers carry fragments, addresses and the epilogue.
 MAX_ACCUMULATORS = 128
@@ -47,6 +52,9 @@ EPILOGUE_COLUMNS = 32
 STEP_BYTES = MMA_K // 2 + MMA_K // BLOCK
 #: extents a tile may have. A row of codes fills a 32-, 64- or 128-byte swizzle span.
 TILE_M, TILE_N, TILE_K = (8, 16, 32, 64, 128, 256), (64, 128, 256), (64, 128, 256)
+#: most tokens of a tile whose kernel quantizes them. Each CTA does so for itself, and reads 2 bytes a value: with 16
+#: tokens, 32 for each k against 72 of 128 weight rows.
+MAX_QUANTIZED_TOKENS = 16
 #: weight rows of a decode tile, and the tokens it may have
 DECODE_TILES = {128: (8, 16, 32), 64: (8, 16)}
 TILE_PINGPONG = (False, True)
@@ -93,9 +101,9 @@ def cycles(tile: TileConfig, m: int, n: int, k: int, sms: int) -> float:
     return START_CYCLES + max(work, dram) + work / 16  # of tiles that wait for DRAM alike, the one that works least
 
 
-def choose(m: int, n: int, k: int, sms: int) -> TileConfig:
+def choose(m: int, n: int, k: int, sms: int, tiles: Sequence[TileConfig] = TILES) -> TileConfig:
     """The tile of least :func:`cycles`; K is split where tiles alone would leave multiprocessors idle."""
-    whole = [tile for tile in TILES if m > tile.m // 2 or tile.m == TILE_M[0]]
+    whole = [tile for tile in tiles if m > tile.m // 2 or tile.m == TILE_M[0]]
     split = [
         replace(tile, split=split)
         for tile in whole
@@ -198,6 +206,8 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
         reasons.append(
             f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {most}{with_split}"
         )
+    if spec.quantizes and tile.m > MAX_QUANTIZED_TOKENS:
+        reasons.append(f"{tile.m} tokens: a kernel that quantizes them takes at most {MAX_QUANTIZED_TOKENS} a tile")
     wanted = tile.stages if tile.stages is not None else MIN_STAGES
     if wanted < MIN_STAGES:
         reasons.append(f"{wanted} stages: at least {MIN_STAGES}")
@@ -221,6 +231,11 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
     epilogue_stages = 2 if store_steps > 1 and fits(stages, 2) else 1
     warps, (rows, columns), groups = warp_grid(tile), mma_tile(tile), 2 if tile.pingpong else 1
     mma_warps = groups * warps[0] * warps[1]
+    quantize, moved = None, scale_bytes(rows, tile.k) + rows * tile.k // 2
+    if spec.quantizes:
+        quantize = QuantizePlan(QuantizeSpec(dtype=spec.quantizes), QuantizeTile(), hardware_e2m1=True)
+    else:
+        moved += scale_bytes(columns, tile.k) + columns * tile.k // 2
     return Plan(
         spec=spec,
         tile=replace(tile, stages=stages),
@@ -229,9 +244,10 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
         stages=stages,
         epilogue_stages=epilogue_stages,
         smem=smem_fields(spec, tile, stages, epilogue_stages),
-        transaction_bytes=(rows + columns) * tile.k // 2 + scale_bytes(rows, tile.k) + scale_bytes(columns, tile.k),
+        transaction_bytes=moved,
         threads=(mma_warps + PRODUCER_WARPS) * WARP,
         swapped=swapped(tile),
         groups=groups,
-        registers=(MMA_REGISTERS, PRODUCER_REGISTERS) if mma_warps == MMA_WARPS else (),
+        registers=(MMA_REGISTERS, PRODUCER_REGISTERS) if mma_warps == MMA_WARPS and not spec.quantizes else (),
+        quantize=quantize,
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from nvfp4dsl.errors import TileError
+
+if TYPE_CHECKING:
+    from nvfp4dsl.config.quantize import QuantizePlan
 
 FLOAT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -33,6 +36,8 @@ class GemmSpec:
         whole_chunks: for weights in fragment order: K is a multiple of 256, so no chunk of them is partial.
         pdl: launched with programmatic dependent launch, so that the kernel's start overlaps the end of the one before.
         early_weights: the weights may be requested before the kernel before has ended; False if it writes them.
+        quantizes: type of activations that arrive as they are, ``"bf16"`` or ``"fp16"``, and that the kernel quantizes
+            by a given global scale (mode nvfp4); None if they arrive as the mode has them.
     """
 
     activation: str = "nvfp4"
@@ -42,6 +47,7 @@ class GemmSpec:
     whole_chunks: bool = False
     pdl: bool = True
     early_weights: bool = True
+    quantizes: str | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in ("nvfp4", "bf16"):
@@ -50,6 +56,12 @@ class GemmSpec:
             raise ValueError(f"out_dtype {self.out_dtype!r} is not offered; allowed: {', '.join(FLOAT_BYTES)}")
         if self.bias is not None and self.bias not in FLOAT_BYTES:
             raise ValueError(f"bias {self.bias!r} is not offered; allowed: None, {', '.join(FLOAT_BYTES)}")
+        allowed = (None, "bf16", "fp16") if self.activation == "nvfp4" else (None,)
+        if self.quantizes not in allowed:
+            raise ValueError(
+                f"quantizes {self.quantizes!r} is not offered in mode {self.activation!r}; "
+                f"allowed: {', '.join(map(str, allowed))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,7 @@ class Plan:
         groups: of MMA warps, each with an output tile of its own: two in ping-pong.
         registers: a thread, of MMA warps and of the producer's warpgroup, once they have traded; empty if they keep
             what the launch gave them.
+        quantize: how tokens become NVFP4, if the kernel quantizes them, else None.
     """
 
     spec: GemmSpec
@@ -140,6 +153,7 @@ class Plan:
     swapped: bool = False
     groups: int = 1
     registers: tuple[int, ...] = ()
+    quantize: QuantizePlan | None = None
 
     @property
     def mma_tile(self) -> tuple[int, int]:

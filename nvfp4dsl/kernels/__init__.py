@@ -64,10 +64,14 @@ def _fake_arguments(spec: GemmSpec, tile: TileConfig) -> tuple:
     def scales():
         return _compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
 
+    tokens = (_compact(Uint8, batch, m, k_bytes), scales())
+    if spec.quantizes:
+        strides = (cute.sym_int64(divisibility=ALIGNED_X), cute.sym_int64(divisibility=ALIGNED_X), 1)
+        x = (batch, m, cute.sym_int(divisibility=BLOCK))
+        tokens = make_fake_tensor(FLOAT_TYPES[spec.quantizes], x, strides, assumed_align=TMA_ROW_BYTES), None
     out = FLOAT_TYPES[spec.out_dtype]
     return (
-        _compact(Uint8, batch, m, k_bytes),
-        scales(),
+        *tokens,
         _compact(Uint8, batch, n, k_bytes),
         scales(),
         _strided("fp32", batch),

@@ -1,6 +1,7 @@
 """The GEMM: one persistent, warp-specialised algorithm for every target; the inner loop is a parameter."""
 
 from collections.abc import Callable
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -9,13 +10,14 @@ from cutlass import Int32, Int64, Uint8
 from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import FLOAT_BYTES, Plan
-from nvfp4dsl.config.omma import EPILOGUE_COLUMNS, store_box
+from nvfp4dsl.config.omma import EPILOGUE_COLUMNS, QUANTIZER_WARPS, store_box
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES, Epilogue, Scaling
 from nvfp4dsl.kernels.instructions import shared_address
 from nvfp4dsl.kernels.mainloops import Mainloop, Stage
 from nvfp4dsl.kernels.roles.consumer import Consumer
 from nvfp4dsl.kernels.roles.producer import Operand, Producer, Side
+from nvfp4dsl.kernels.roles.quantizer import Quantizer
 from nvfp4dsl.kernels.scales import tma_box
 from nvfp4dsl.kernels.schedule import SlicedSchedule
 from nvfp4dsl.kernels.split import SplitSum
@@ -30,7 +32,8 @@ class Gemm:
     ====================  =====  =================================================================
     0 .. 7                8      multiply (:class:`Mainloop`), then store (:class:`Epilogue`)
     8                     1      producer: TMA loads of codes and scales
-    9 .. 11               3      none: they complete the producer's warpgroup, which hands over its registers
+    9 .. 11               3      none: they complete the producer's warpgroup, which hands over its registers; if the
+                                 spec ``quantizes``, they bring the tokens (:class:`Quantizer`)
     ====================  =====  =================================================================
 
     The eight MMA warps are one group that shares a tile, or, in ping-pong, two groups of four that take turns: one
@@ -39,7 +42,8 @@ class Gemm:
     ====================  ======  ================================================================
     barrier               count   arrivals a phase
     ====================  ======  ================================================================
-    full[stage]           stages  1 (the producer, with the stage's bytes), completed by TMA
+    full[stage]           stages  1 (the producer, with the stage's bytes), completed by TMA; 3 more, one lane of each
+                                  warp that quantizes
     empty[stage]          stages  one lane of each warp of the group that read the stage
     turn[group]           groups  ping-pong only: one lane of each warp of the other group
     named barrier 1, 2    groups  all threads of a group, around each use of its store buffer
@@ -50,7 +54,8 @@ class Gemm:
     ``sfb`` (L, rows/128, K/64, 512) u8, the swizzled scale atoms; ``alpha_a`` (L) and ``alpha_b`` (L, N) fp32; ``bias``
     (N), or None if the spec has none; ``partials`` fp32 and ``arrivals`` i32, workspace of split-K
     (:class:`~nvfp4dsl.kernels.split.SplitSum`), None without; ``c`` (L, M, N); ``max_ctas``, how many CTAs to launch at
-    most (normally the device's SMs).
+    most (normally the device's SMs). If the spec ``quantizes``: ``a`` (L, M, K) of that type, K contiguous, rows on 16
+    bytes, ``sfa`` None, and ``alpha_a`` also what A is quantized by.
     """
 
     def __init__(self, plan: Plan, mainloop: Callable[[Plan], Mainloop]):
@@ -61,7 +66,7 @@ class Gemm:
     def __call__(
         self,
         a: cute.Tensor,
-        sfa: cute.Tensor,
+        sfa: cute.Tensor | None,
         b: cute.Tensor,
         sfb: cute.Tensor,
         alpha_a: cute.Tensor,
@@ -76,8 +81,7 @@ class Gemm:
         plan, (rows, columns), k = self.plan, self.plan.mma_tile, self.plan.tile.k
         if cutlass.const_expr(plan.swapped):
             a, sfa, b, sfb = b, sfb, a, sfa
-        mA, mB, mC = (_batch_last(x) for x in (a, b, c))
-        mSFA, mSFB = (_scale_atoms_view(x) for x in (sfa, sfb))
+        mA, mC, mSFA = _batch_last(a), _batch_last(c), _scale_atoms_view(sfa)
         scaling = Scaling(alpha_a, _batch_last(alpha_b), bias)
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -88,10 +92,13 @@ class Gemm:
             "sfa": tma_box(rows, k),
             "sfb": tma_box(columns, k),
         }
-        tma = {
-            name: cpasync.make_tiled_tma_atom(load, mX, cute.select(layouts[name], list(range(rank))), tilers[name])
-            for name, mX, rank in (("a", mA, 2), ("b", mB, 2), ("sfa", mSFA, 3), ("sfb", mSFB, 3))
-        }
+        loads = [("a", mA, 2), ("sfa", mSFA, 3)]
+        tma = {"b": (None, b), "sfb": (None, None)}
+        if cutlass.const_expr(plan.quantize is None):
+            loads += [("b", _batch_last(b), 2), ("sfb", _scale_atoms_view(sfb), 3)]
+        for name, mX, rank in loads:
+            layout = cute.select(layouts[name], list(range(rank)))
+            tma[name] = cpasync.make_tiled_tma_atom(load, mX, layout, tilers[name])
         tma_c, mC_tma = None, None
         if cutlass.const_expr(plan.spec.aligned_rows):
             tma_c, mC_tma = cpasync.make_tiled_tma_atom(
@@ -113,12 +120,12 @@ class Gemm:
         self,
         tma_a: cute.CopyAtom,
         mA: cute.Tensor,
-        tma_b: cute.CopyAtom,
+        tma_b: cute.CopyAtom | None,
         mB: cute.Tensor,
         tma_sfa: cute.CopyAtom,
         mSFA: cute.Tensor,
-        tma_sfb: cute.CopyAtom,
-        mSFB: cute.Tensor,
+        tma_sfb: cute.CopyAtom | None,
+        mSFB: cute.Tensor | None,
         tma_c: cute.CopyAtom | None,
         mC_tma: cute.Tensor | None,
         mC: cute.Tensor,
@@ -129,6 +136,7 @@ class Gemm:
         mArrivals: cute.Tensor | None,
     ):
         plan, (rows, columns), k = self.plan, self.plan.mma_tile, self.plan.tile.k
+        quantizes = plan.quantize is not None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == plan.mma_warps:
             for atom in (tma_a, tma_b, tma_sfa, tma_sfb, tma_c):
@@ -145,7 +153,7 @@ class Gemm:
                         cute.arch.mbarrier_init(turns + group, plan.group_warps)
         ring = pipeline.PipelineTmaAsync.create(
             num_stages=plan.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + (QUANTIZER_WARPS if quantizes else 0)),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, plan.group_warps),
             tx_count=plan.transaction_bytes,
             barrier_storage=smem["barriers"],
@@ -161,20 +169,16 @@ class Gemm:
                 cute.arch.setmaxregister_decrease(plan.registers[1])
             if warp == plan.mma_warps:
                 schedule = SlicedSchedule(plan, mC, k_tiles, stride)
-                a = Side(
-                    "m",
-                    rows,
-                    Operand(tma_a, mA, sX["a"], (rows, k // 2)),
-                    Operand(tma_sfa, mSFA, sX["sfa"], tma_box(rows, k)),
-                )
-                b = Side(
-                    "n",
-                    columns,
-                    Operand(tma_b, mB, sX["b"], (columns, k // 2)),
-                    Operand(tma_sfb, mSFB, sX["sfb"], tma_box(columns, k)),
-                )
+                a = self._side("a", rows, (tma_a, mA), (tma_sfa, mSFA), sX)
+                b = None if quantizes else self._side("b", columns, (tma_b, mB), (tma_sfb, mSFB), sX)
                 sides = (a, b) if plan.swapped else (b, a)
                 Producer(plan, schedule, ring, *sides).run(first, stride)
+            if cutlass.const_expr(quantizes):  # noqa: SIM102 (one is static, one dynamic)
+                if warp > plan.mma_warps:
+                    schedule = SlicedSchedule(plan, mC, k_tiles, stride)
+                    into = shared_address(smem["b"]), shared_address(smem["sfb"])
+                    quantizer = Quantizer(plan, schedule, ring, mB, mAlphaA, *into, warp - plan.mma_warps - 1)
+                    quantizer.run(first, stride)
         else:
             if cutlass.const_expr(plan.registers):
                 cute.arch.setmaxregister_increase(plan.registers[0])
@@ -189,6 +193,16 @@ class Gemm:
             schedule = SlicedSchedule(plan, mC, k_tiles, stride)
             cute.arch.griddepcontrol_wait()
             Consumer(plan, schedule, ring, mainloop, epilogue, split, turns).run(first, stride, group, ring_start)
+
+    def _side(self, name: str, extent: int, codes: tuple[Any, Any], scales: tuple[Any, Any], sX: dict) -> Side:
+        """What TMA loads of the instruction's operand ``name``; ``codes`` and ``scales`` as (atom, tensor)."""
+        k = self.plan.tile.k
+        return Side(
+            {"a": "m", "b": "n"}[name],
+            extent,
+            Operand(*codes, sX[name], (extent, k // 2)),
+            Operand(*scales, sX[f"sf{name}"], tma_box(extent, k)),
+        )
 
     def _smem_layouts(self) -> dict:
         """The staged shared-memory layout of each TMA buffer; the last mode is the stage."""

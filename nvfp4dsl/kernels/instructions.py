@@ -120,6 +120,18 @@ def store_shared(address: Int32, word: Int32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def store_shared_v2(address: Int32, x: Int32, y: Int32, *, loc=None, ip=None) -> None:
+    """Two neighbouring 32-bit words to shared memory; the address a multiple of 8."""
+    _asm(None, [address, x, y], "st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_shared_u8(address: Int32, x: Int32, *, loc=None, ip=None) -> None:
+    """The low byte of a word to shared memory."""
+    _asm(None, [address, x], "st.shared.b8 [$0], $1;", "r,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def store_shared_f32(address: Int32, x: Float32, *, loc=None, ip=None) -> None:
     """An fp32 value to shared memory."""
     _asm(None, [address, x], "st.shared.f32 [$0], $1;", "r,f", pure=False, loc=loc, ip=ip)

@@ -91,3 +91,18 @@ def test_a_wait_that_is_missing_is_noticed(m):
     for wait in waits:
         start, end = wait.span
         assert before_the_wait(text[:start] + text[end:]) > whole
+
+
+@pytest.mark.parametrize("overlap", ["weights", "launch", "none"])
+def test_a_kernel_that_quantizes_reads_tokens_and_their_scale_after_the_wait(overlap):
+    x, weight = operands(3)
+    with nv.emulate(TARGET) as emulation:
+        nv.linear(x, weight, activation="nvfp4", overlap=overlap, activation_scale=2.0**-9)
+    (run,) = emulation.runs
+    early = {("tma", 0), ("tma", 3)} if overlap == "weights" else set()  # there are no descriptors of tokens
+    assert before_the_wait(run.kernel.ptx) == early
+    whole = run.kernel.ptx
+    waits = [i.span for i in next(iter(ptx.parse(whole).values())).instructions if i.parts[:2] == WAIT]
+    missed = [before_the_wait(whole[:start] + whole[end:]) > early for start, end in waits]
+    # the third is the producer's, which touches nothing but weights
+    assert sorted(missed) == [overlap != "weights", True, True]

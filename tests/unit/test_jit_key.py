@@ -70,6 +70,7 @@ SPECS = [
     GemmSpec(whole_chunks=True),
     GemmSpec(pdl=False),
     GemmSpec(early_weights=False),
+    GemmSpec(quantizes="bf16"),
 ]
 TILES = [
     *(TileConfig(), TileConfig(m=64), TileConfig(n=64), TileConfig(k=256), TileConfig(stages=3)),

@@ -1,6 +1,7 @@
 """The producer warp: keeps the ring of shared-memory stages full."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -70,12 +71,13 @@ class Producer:
     """
 
     def __init__(
-        self, plan: Plan, schedule: SlicedSchedule, ring: pipeline.PipelineTmaAsync, weights: Side, tokens: Side
+        self, plan: Plan, schedule: SlicedSchedule, ring: pipeline.PipelineTmaAsync, weights: Side, tokens: Side | None
     ):
+        """``tokens``: None where other warps bring them."""
         self.plan, self.schedule, self.ring = plan, schedule, ring
         self.weights, self.tokens = weights, tokens
 
-    def _load(self, side: Side, coord: Slice, k: Int32, state: pipeline.PipelineState) -> None:
+    def _load(self, side: Any, coord: Slice, k: Int32, state: pipeline.PipelineState) -> None:
         side.load(coord, k, state.index, self.ring.producer_get_barrier(state))
 
     def _start(self) -> pipeline.PipelineState:
@@ -89,7 +91,8 @@ class Producer:
             count = cutlass.min(coord.k_tiles, self.plan.stages)
         state = self._start()
         for k in cutlass.range(count, unroll=1):
-            self.ring.producer_acquire(state)
+            # no wait: nobody has used these stages yet
+            self.ring.sync_object_full.arrive(state.index, self.ring.producer_mask)
             self._load(self.weights, coord, k, state)
             state.advance()
         return count
@@ -107,7 +110,8 @@ class Producer:
                 else:
                     self.ring.producer_acquire(state)
                     self._load(self.weights, coord, k, state)
-                self._load(self.tokens, coord, k, state)
+                if cutlass.const_expr(self.tokens is not None):
+                    self._load(self.tokens, coord, k, state)
                 state.advance()
         # No wait for the last stages to drain: only this CTA's own warps arrive on its barriers, and shared memory
         # lives until the last of them exits. A cluster's peers would make that wait necessary.
