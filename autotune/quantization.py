@@ -1,5 +1,6 @@
 """``python -m nvfp4dsl.autotune.quantization``: the quantization kernels against a plain copy of the same bytes, and
-against ``torch.compile`` of the reference. Prints a table; microseconds a call, in a CUDA graph, operands from memory.
+against ``torch.compile`` of the reference. Prints a Markdown table; microseconds a call, in a CUDA graph, operands from
+memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 
 from nvfp4dsl import quantization, reference
-from nvfp4dsl.autotune.measure import Call, WrongResultError, compare, l2_bytes, provenance, rotation
+from nvfp4dsl.autotune.measure import Call, Result, WrongResultError, compare, l2_bytes, provenance, rotation
 from nvfp4dsl.config.quantize import QuantizeTile
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.formats import CANONICAL
@@ -124,25 +125,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
-    facts = provenance()
-    print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, commit {facts['commit']}")
     tiles = [QuantizeTile.parse(text) for text in options.tiles.split(",") if text]
+
+    def peers() -> list:
+        others = [] if options.no_compile else [Compiled()]
+        return [Copy(), Ours(), Ours(CANONICAL), *(Ours(tile=tile) for tile in tiles), *others]
+
+    names = [peer.name for peer in peers()]
+    facts = provenance()
+    print(_row("M x K", "global scale", *names, "copy / ours"))
+    print(_row("---", "---", *["---:"] * (len(names) + 1)))
     for text, dynamic in itertools.product(options.shapes.split(","), (False, True)):
         m, k = (int(number) for number in text.split("x"))
-        problem = Rows(m, k, dynamic)
-        peers: list = [Copy(), Ours(), Ours(CANONICAL), *(Ours(tile=tile) for tile in tiles)]
-        if not options.no_compile:
-            peers.append(Compiled())
-        results = compare(peers, problem, rounds=options.rounds)
-        copy = results["copy"].timing
-        for name, result in results.items():
-            line = f"{text:>12} {'dynamic' if dynamic else 'given':8} {name:24} "
-            if result.timing is None or copy is None:
-                print(f"{line} {result.status} {result.message}", flush=True)
-                continue
-            us = result.timing.us
-            print(f"{line} {us:8.2f} us {problem.bytes / us / 1e3:7.0f} GB/s {copy.us / us:6.2f} of copy", flush=True)
+        results = compare(peers(), Rows(m, k, dynamic), rounds=options.rounds)
+        copy, ours = (results[name].timing for name in names[:2])
+        ratio = f"{copy.us / ours.us:.2f}" if copy and ours else "-"
+        print(
+            _row(text, "x's own" if dynamic else "given", *(_cell(results[name]) for name in names), ratio), flush=True
+        )
         torch.compiler.reset()
+    print(f"\n{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}; commit {facts['commit']}.")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(result: Result) -> str:
+    return f"{result.timing.us:.2f}" if result.timing else f"{result.status} {result.message}".strip()
 
 
 if __name__ == "__main__":

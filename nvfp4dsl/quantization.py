@@ -250,7 +250,8 @@ def empty_scale(x: torch.Tensor, per_matrix: bool) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(rows: int, blocks: int, sms: int) -> QuantizeTile:
-    """Four rows a thread where that leaves two CTAs for every multiprocessor, else one; see docs/measured.md."""
+    """Four rows a thread, whose loads are under way together, where that leaves two CTAs for every multiprocessor; else
+    one."""
     most = 1 << (blocks - 1).bit_length()
     tall = QuantizeTile(min(8, most), 4, min(256, ROW_GROUP * min(8, most)))
     return tall if ceil_div(blocks, tall.blocks) * tall.row_tiles(rows) >= 2 * sms else QuantizeTile(min(WARP, most), 1)
