@@ -5,40 +5,37 @@ Nothing of this was measured on a card that has no other inner loop: it is the a
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
-from nvfp4dsl.config.spec import MMA_K, MMA_M, MMA_N, TileConfig
+from nvfp4dsl.config.spec import MMA_K, MMA_M, MMA_N, Plan, TileConfig
 from nvfp4dsl.layouts import ceil_div, round_up
 from nvfp4dsl.targets import DEVICES, Device, Target
 
 #: what :func:`choose` takes where legal, split as it says; the first is the default.
-TILES = tuple(
-    TileConfig(m, n, k)
-    for m, n, k in (
-        (64, 128, 64),
-        (16, 128, 128),
-        (32, 128, 128),
-        (64, 128, 128),
-        (128, 128, 64),
-        (256, 128, 64),
-        (128, 256, 64),
-        (32, 64, 128),
-        (64, 64, 128),
-        (128, 64, 64),
-    )
+TILES = (
+    TileConfig(64, 128, 64),
+    TileConfig(32, 128, 128),
+    TileConfig(128, 128, 64),
+    TileConfig(128, 256, 64),
+    TileConfig(32, 64, 128),
 )
 #: CTAs of a cluster that may share K where there are clusters.
 SPLITS = (1, 2, 4, 8)
-#: multiply-adds of an MMA's k16, and the cycles that a sub-core's tensor pipe takes for one m16n8k16 with fp32
-#: accumulators, by target: how far apart ptxas puts independent ones. A card whose published rate is lower takes more.
-MMA_MACS, MMA_CYCLES = MMA_M * MMA_N * 16, {"sm_90a": 6.0, "sm_100a": 8.0, "sm_120a": 16.0, "sm_121a": 16.0}
-SUB_CORES = 4
-#: share of the tensor pipe's rate and of the memory's bandwidth that kernels reach; bytes a cycle that an SM draws from
-#: L2 while all of them do, and stores; microseconds of a launch with its first loads, and of a tile beside its loop.
-TENSOR_EFFICIENCY, MEMORY_EFFICIENCY, L2_BYTES, STORE_BYTES = 0.95, 0.9, 32, 16
+#: k of an MMA, its multiply-adds, and the cycles that a sub-core's tensor pipe takes for one with fp32 accumulators, by
+#: target: how far apart ptxas puts independent ones. A card whose published rate is lower takes more.
+MMA_DEPTH, MMA_MACS, MMA_CYCLES = (
+    16,
+    MMA_M * MMA_N * 16,
+    {"sm_90a": 6.0, "sm_100a": 8.0, "sm_120a": 16.0, "sm_121a": 16.0},
+)
+SUB_CORES, WARPS_A_SUB_CORE = 4, 2
+#: issue slots of a k16: to decode an m16k16 of weights, and beside everything else; share of all slots that kernels
+#: use; cycles of a k16 in which a warp's MMAs wait (the main loops of :data:`TILES` by the issue model).
+DECODE_SLOTS, OTHER_SLOTS, ISSUE_EFFICIENCY, EDGE_CYCLES = 15.5, 6, 0.8, 5
+#: share of the memory's bandwidth that kernels reach; bytes a cycle that an SM draws from L2 while all of them do, and
+#: stores; microseconds of a launch with its first loads, and of a tile beside its loop.
+MEMORY_EFFICIENCY, L2_BYTES, STORE_BYTES = 0.9, 32, 16
 LAUNCH_US, TILE_US = 2.2, 1.2
 #: bytes of a row and 64 k of weights.
 STEP_BYTES = MMA_K * 9 // 16
@@ -58,19 +55,22 @@ def mma_cycles(device: Device) -> float:
     return max(MMA_CYCLES[device.target], 2 * MMA_MACS / flops_per_clock)
 
 
-def estimate_us(tile: TileConfig, m: int, n: int, k: int, device: Device, sms: int) -> float:
-    """A model of the time for ``m`` tokens and an ``n`` x ``k`` weight: the longest of what the tensor pipes take in
-    rounds of CTAs, of reads from L2, and of memory traffic; and a tenth of the others, which never hide entirely."""
+def estimate_us(plan: Plan, m: int, n: int, k: int, device: Device, sms: int) -> float:
+    """A model of the time for ``m`` tokens and an ``n`` x ``k`` weight: the longest of what sub-cores take in rounds of
+    CTAs, of reads from L2, and of memory traffic; and a tenth of the others, which never hide entirely."""
+    tile, (row_blocks, token_blocks) = plan.tile, plan.blocks
     row_tiles, token_tiles = ceil_div(n, tile.n), ceil_div(m, tile.m)
     tiles, clusters = row_tiles * token_tiles, sms // tile.split
     if tile.split > 1 and tiles > clusters:
         return math.inf  # clusters that split K must all run at once
-    cycles_us = 1e-3 / device.clock_ghz
-    macs = tile.m * tile.n * round_up(ceil_div(k, tile.split), tile.k)
-    loop = macs / MMA_MACS / SUB_CORES * mma_cycles(device) / TENSOR_EFFICIENCY
-    store = tile.m * tile.n * 2 / STORE_BYTES
-    add = 0.6 + tile.m * tile.n * 4 / STORE_BYTES * cycles_us if tile.split > 1 else 0
-    compute = ceil_div(tiles, clusters) * ((loop + store) * cycles_us + TILE_US + add)
+    cycles_us, outputs = 1e-3 / device.clock_ghz, tile.m * tile.n
+    # a k16 of one warp: its MMAs, or its issue slots; two warps share a sub-core
+    mmas = row_blocks * token_blocks
+    issue = (DECODE_SLOTS * row_blocks + mmas + token_blocks / 2 + OTHER_SLOTS) / ISSUE_EFFICIENCY
+    k16 = WARPS_A_SUB_CORE * max(mmas * mma_cycles(device) + EDGE_CYCLES, issue)
+    loop = round_up(ceil_div(k, tile.split), tile.k) // MMA_DEPTH * k16
+    add = 0.6 + outputs * 4 / STORE_BYTES * cycles_us if tile.split > 1 else 0
+    compute = ceil_div(tiles, clusters) * ((loop + outputs * 2 / STORE_BYTES) * cycles_us + TILE_US + add)
     steps = ceil_div(k, MMA_K)
     reads = tiles * steps * (tile.n * STEP_BYTES + tile.m * MMA_K * 2)
     l2 = reads / (min(sms, tiles * tile.split) * L2_BYTES) * cycles_us + TILE_US
@@ -79,9 +79,7 @@ def estimate_us(tile: TileConfig, m: int, n: int, k: int, device: Device, sms: i
     return LAUNCH_US + 0.9 * max(parts) + 0.1 * sum(parts)
 
 
-def choose(legal: Iterable[TileConfig], m: int, n: int, k: int, target: Target, sms: int) -> TileConfig:
-    """Of the ``legal`` tiles, and into how many parts K is split, the least estimated time; of equals, the first."""
+def choose(plans: Iterable[Plan], m: int, n: int, k: int, target: Target, sms: int) -> Plan:
+    """The plan with the least estimated time; of equals, the first."""
     device = device_like(target, sms)
-    splits = [split for split in SPLITS if split <= target.max_cluster]
-    candidates = (replace(tile, split=split) for tile, split in itertools.product(legal, splits))
-    return min(candidates, key=lambda tile: estimate_us(tile, m, n, k, device, sms))
+    return min(plans, key=lambda plan: estimate_us(plan, m, n, k, device, sms))

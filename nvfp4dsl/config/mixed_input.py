@@ -39,9 +39,9 @@ TILE_M, TILE_K = (16, 32, 48, 64, 96, 128, 192, 256), (64, 128)
 TILE_N = {"wgmma": (128, 256), "hmma": (64, 128, 256)}
 #: fp32 accumulators a thread may hold.
 MAX_ACCUMULATORS = 128
-#: by groups of warps that share K: registers a thread of consumers and of the producer's warpgroup. The launch gives
-#: 168, or 96 where there are five warpgroups, and the sums must not be above that.
-REGISTERS = {1: (232, 40), 2: (112, 32)}
+#: by inner loop and groups of warps that share K: registers a thread of consumers and of the producer's warpgroup. The
+#: launch gives 168, or 96 where there are five warpgroups, and the sums must not be above that.
+REGISTERS = {("wgmma", 1): (232, 40), ("wgmma", 2): (112, 32), ("hmma", 1): (224, 56)}
 #: most tokens for which two groups share K with WGMMA: their accumulators must leave room for fragments. With few
 #: tokens a unit's latency is what costs, and more warps hide it.
 MAX_SHARED_TOKENS = 64
@@ -52,13 +52,17 @@ SPLITS, MULTICASTS = wgmma.SPLITS, (1, 2)
 TILES = tuple(dict.fromkeys((*wgmma.TILES, *hmma.TILES)))
 
 
-def choose(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int) -> TileConfig:
+def choose(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int, mainloop: str | None = None) -> TileConfig:
     """The tile for ``m`` tokens and an ``n`` x ``k`` weight on a device of ``sms`` multiprocessors with the least
-    estimated time: :func:`wgmma.choose` where there is WGMMA, else :func:`hmma.choose`."""
-    if "wgmma" in target.mainloops["bf16"]:
+    estimated time. ``mainloop`` forces an inner loop: by default the target's fastest.
+
+    By :func:`wgmma.choose` or :func:`hmma.choose`.
+    """
+    if (mainloop or mainloops(target)[0]) == "wgmma":
         return wgmma.choose(m, n, k, sms)
-    legal = [tile for tile in hmma.TILES if not reasons(spec, tile, target)]
-    return hmma.choose(legal, m, n, k, target, sms)
+    candidates = (replace(tile, split=split, mainloop=mainloop) for tile in hmma.TILES for split in hmma.SPLITS)
+    tiles = {plan(spec, tile, target): tile for tile in candidates if not reasons(spec, tile, target)}
+    return tiles[hmma.choose(tiles, m, n, k, target, sms)]
 
 
 def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:
@@ -95,8 +99,9 @@ def row_blocks(tile: TileConfig) -> int:
 
 
 def k_groups(tile: TileConfig) -> int:
-    """Groups of consumer warps that take turns at a tile's k steps."""
-    shares = tile.mainloop == "wgmma" and tile.m <= MAX_SHARED_TOKENS and row_blocks(tile) == 1
+    """Groups of consumer warps that take turns at a tile's stages. Not where a group needs two stages a turn, one for
+    each of its register sets: K need not give both groups as many."""
+    shares = tile.mainloop == "wgmma" and tile.m <= MAX_SHARED_TOKENS and row_blocks(tile) == 1 and tile.k > FRAGMENT_K
     return 2 if shares else 1
 
 
@@ -189,5 +194,5 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
         transaction_bytes=tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES),
         threads=(groups * CONSUMERS + 1) * WARPGROUP,
         swapped=True,
-        registers=REGISTERS[groups],
+        registers=REGISTERS[str(tile.mainloop), groups],
     )

@@ -193,8 +193,8 @@ def extent_reasons(
     mainloop: tuple[str | None, ...] = (None,),
 ) -> list[str]:
     """A sentence for each value of a tile that is not among those a kernel family offers."""
-    offered = {"m": m, "n": n, "k": k, "split": split, "pingpong": pingpong, "multicast": multicast}
-    offered |= {"mainloop": mainloop}
+    offered: dict[str, tuple] = {"m": m, "n": n, "k": k, "split": split, "pingpong": pingpong, "multicast": multicast}
+    offered["mainloop"] = mainloop
     return [
         f"{name.upper() if len(name) == 1 else name}={getattr(tile, name)}: allowed are {', '.join(map(str, allowed))}"
         for name, allowed in offered.items()

@@ -163,6 +163,12 @@ def lane_here(*, loc=None, ip=None) -> Int32:
     return Int32(_asm(T.i32(), [], "mov.u32 $0, %laneid;", "=r", pure=False, loc=loc, ip=ip))
 
 
+@dsl_user_op
+def block_here(*, loc=None, ip=None) -> Int32:
+    """The CTA's number along x, read anew like :func:`lane_here`."""
+    return Int32(_asm(T.i32(), [], "mov.u32 $0, %ctaid.x;", "=r", pure=False, loc=loc, ip=ip))
+
+
 def shared_address(pointer: cute.Pointer) -> Int32:
     """The 32-bit address of a shared-memory pointer."""
     return Int32(pointer.toint())

@@ -1,11 +1,13 @@
 """W4A16 for more than a few tokens, through WGMMA and HMMA, executed in the emulator: shapes that divide nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import nvfp4dsl as nv
-from nvfp4dsl import dispatch
-from nvfp4dsl.config import TileConfig, mixed_input, plan
+from nvfp4dsl import dispatch, jit
+from nvfp4dsl.config import GemmSpec, TileConfig, hmma, legal, mixed_input, plan
 from nvfp4dsl.emulator import mutate
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.targets import get_target
@@ -97,31 +99,38 @@ def test_batch_and_row_ranges(target):
     _check(y, x, weight)
 
 
-def test_linear_takes_it_for_more_than_a_few_tokens():
+@pytest.mark.parametrize(("target", "instruction"), [(TARGET, "wgmma"), ("sm_121a", "mma.sync")])
+def test_linear_takes_it_for_more_than_a_few_tokens(target, instruction):
     x, bias = _random(17, 272), _random(40, seed=2)
     weight = nv.quantize(_random(40, 272, seed=1))
-    with nv.emulate(TARGET) as emulation:
-        y = nv.linear(x, nv.prepare(weight, TARGET), bias)
+    with nv.emulate(target) as emulation:
+        y = nv.linear(x, nv.prepare(weight, target, activation="bf16"), bias, activation="bf16")
     (run,) = emulation.runs
     assert run.kernel.tile.k in mixed_input.TILE_K
+    assert instruction in run.kernel.ptx
     _check(y, x, weight, bias)
 
 
-@pytest.mark.parametrize("tile", ["64x128x128", "64x128x128/3"])
-def test_any_order_gives_the_same_bits(tile):
+@pytest.mark.parametrize(
+    ("target", "tile"), [(TARGET, "64x128x128"), (TARGET, "64x128x128/3"), ("sm_121a", "64x64x128")]
+)
+def test_any_order_gives_the_same_bits(target, tile):
     x, weight = _random(1, 40, 784), nv.quantize(_random(130, 784, seed=1))
-    results = [_launch(x, weight, tile, torch.float32, seed=seed)[0] for seed in range(3)]
+    results = [_launch(x, weight, tile, torch.float32, seed=seed, target=target)[0] for seed in range(3)]
     assert all(bits_differing(y, results[0]) == 0 for y in results)
 
 
-@pytest.mark.parametrize("tile", ["64x128x128/2", "128x128x64"])
-def test_one_hot_tokens_return_the_weight_bit_for_bit(tile):
+@pytest.mark.parametrize(
+    ("target", "tile"),
+    [(TARGET, "64x128x128/2"), (TARGET, "128x128x64"), (TARGET, "64x128x64-hmma"), ("sm_121a", "32x128x128")],
+)
+def test_one_hot_tokens_return_the_weight_bit_for_bit(target, tile):
     """Every code, every scale there is (zero and subnormals too), global 1: exact in bf16, whatever the K position."""
     k, n = 144, 136
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     scale = (torch.arange(n * (k // 16)) % 0x7F).to(torch.uint8).view(n, -1)
     weight = NVFP4Tensor(pack_codes(codes), scale.view(torch.float8_e4m3fn), torch.tensor(1.0))
-    y, _ = _launch(torch.eye(k, dtype=torch.bfloat16)[None], weight, tile)
+    y, _ = _launch(torch.eye(k, dtype=torch.bfloat16)[None], weight, tile, target=target)
     assert bits_differing(y[0].float().mT + 0.0, nv.dequantize(weight) + 0.0) == 0
 
 
@@ -134,27 +143,54 @@ def test_what_lies_past_k_is_never_multiplied():
         _check(nv.linear(wide[:, :80], nv.prepare(weight, TARGET)), wide[:, :80], weight)
 
 
+@pytest.mark.parametrize(("target", "sms"), [(TARGET, 132), ("sm_121a", 48), ("sm_120a", 170), ("sm_100a", 148)])
 @pytest.mark.parametrize("k", [64, 4096])
 @pytest.mark.parametrize("n", [100, 4096, 28672])
 @pytest.mark.parametrize("m", [17, 100, 8192])
-def test_choice_is_legal(m, n, k):
+def test_choice_is_legal(m, n, k, target, sms):
     """And takes no tile with twice the tokens there are, nor splits K where tiles fill the chip."""
     spec = dispatch.linear_spec(n, k, torch.bfloat16, None)
-    tile = dispatch.choose_tile(spec, m, n, k, TARGET, 132)
-    assert mixed_input.reasons(spec, tile, get_target(TARGET)) == []
+    tile = dispatch.choose_tile(spec, m, n, k, target, sms)
+    assert mixed_input.reasons(spec, tile, get_target(target)) == []
+    assert tile.k in mixed_input.TILE_K
     assert tile.m < 2 * m
-    assert tile.split == 1 or -(-m // tile.m) * -(-n // tile.n) * tile.split <= 2 * 132
+    assert tile.split == 1 or -(-m // tile.m) * -(-n // tile.n) * tile.split <= 2 * sms
 
 
 @pytest.mark.slow
-def test_every_deleted_barrier_fence_and_wait_is_noticed():
+@pytest.mark.parametrize(("target", "tile", "least"), [(TARGET, "32x128x128", 30), ("sm_121a", "64x64x64x3", 20)])
+def test_every_deleted_barrier_fence_and_wait_is_noticed(target, tile, least):
     launches = []
     for k in (1168, 272):  # the ring goes round; or holds several tiles, and orders nothing between them
         x, weight = _random(1, 40, k), nv.quantize(_random(300, k, seed=1))
-        _, run = _launch(x, weight, "32x128x128", max_ctas=1)
+        _, run = _launch(x, weight, tile, max_ctas=1, target=target)
         launches.append(run.launch)
     outcomes = mutate.survey(run.kernel.ptx, launches)
-    assert len(outcomes) >= 30
+    assert len(outcomes) >= least
     # One survives: the warp barrier after a tile's last products, which already wait for the whole warp.
     survivors = [o.mutant.instruction.split()[0] for o in outcomes if not o.verdict]
     assert survivors in ([], ["bar.warp.sync"])
+
+
+def _legal_specs(target):
+    """(spec, tile) of every legal HMMA tile with each output type, bias and aligned rows or not."""
+    loop = {"mainloop": "hmma"} if "wgmma" in get_target(target).mainloops["bf16"] else {}
+    for options in ({}, {"out_dtype": "fp32", "bias": "fp32"}, {"out_dtype": "fp16", "aligned_rows": False}):
+        spec = GemmSpec(activation="bf16", **options)
+        tiles = (replace(tile, **loop) for tile in mixed_input.tiles(spec))
+        yield from ((spec, tile) for tile in tiles if not legal(spec, tile, target))
+
+
+def test_hmma_tiles_that_dispatch_chooses_do_not_spill():
+    specs = [(spec, tile) for spec, tile in _legal_specs("sm_121a") if tile in hmma.TILES]
+    kernels = jit.compile_many([(spec, tile, "sm_121a") for spec, tile in specs])
+    assert len(kernels) >= 2 * len(hmma.TILES)
+    assert [str(k.tile) for k in kernels if k.meta["spills"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a", "sm_120a", "sm_121a"])
+def test_no_hmma_tile_spills(target):
+    kernels = jit.compile_many([(spec, tile, target) for spec, tile in _legal_specs(target)])
+    assert len(kernels) >= 80
+    assert [(str(k.tile), k.spec) for k in kernels if k.meta["spills"]] == []

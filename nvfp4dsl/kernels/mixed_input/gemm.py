@@ -11,7 +11,7 @@ from nvfp4dsl.config import FLOAT_BYTES, Plan
 from nvfp4dsl.config.mixed_input import BLOCK_ROWS, CONSUMERS, k_groups, store_tokens
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
-from nvfp4dsl.kernels.instructions import shared_address
+from nvfp4dsl.kernels.instructions import block_here, shared_address
 from nvfp4dsl.kernels.mainloops.hmma import HmmaMainloop
 from nvfp4dsl.kernels.mainloops.mixed_input import MixedInputMainloop
 from nvfp4dsl.kernels.mainloops.wgmma import WgmmaMainloop
@@ -129,21 +129,15 @@ class MixedInputGemm:
                     cpasync.prefetch_descriptor(atom)
 
         smem, layouts = self._allocate(), self._smem_layouts()
-        cluster = tile.split * tile.multicast
-        ctas, rank = cute.arch.grid_dim()[0], cute.arch.block_idx()[0] % cluster
-        first, stride = cute.arch.block_idx()[0] // cluster, ctas // cluster
+        rank = cute.arch.block_idx()[0] % (tile.split * tile.multicast)
         part, share = rank % tile.multicast, rank // tile.multicast
         ring = Ring(plan, smem["barriers"], lane, rank - part)
         ring.init(warp)
-        schedule = ClusterSchedule(plan, mY, ctas, part)
-        if cutlass.const_expr(tile.split > 1):
-            stride = schedule.tiles
-        turn = loop.stages_a_turn(plan)
-        turns = cute.ceil_div(steps * FRAGMENT_K, tile.k * turn)
-        k_range = turns * share // tile.split * turn, turns * (share + 1) // tile.split * turn
         sX = _swizzled_tensor(smem["a"], layouts["a"])
+        # Each role works out its tiles for itself: what both would need from before, the compiler spills.
         if warp >= consumer_warps:
             cute.arch.setmaxregister_decrease(plan.registers[1])
+            schedule, *ranges = self._work(mY, steps, part, share)
             streams = [
                 Stream(tma_codes, mCodes, cute.make_tensor(smem["b"], layouts["b"]), self._box("b")),
                 Stream(tma_scales, mScales, cute.make_tensor(smem["sfb"], layouts["sfb"]), self._box("sfb")),
@@ -154,9 +148,10 @@ class MixedInputGemm:
             for i in cutlass.range_constexpr(len(streams)):
                 if warp == consumer_warps + i:
                     tokens = i == len(streams) - 1
-                    Producer(plan, schedule, ring, streams[i], tokens, part).run(first, stride, *k_range)
+                    Producer(plan, schedule, ring, streams[i], tokens, part).run(*ranges)
         else:
             cute.arch.setmaxregister_increase(plan.registers[0])
+            schedule, *ranges = self._work(mY, steps, part, share)
             mainloop = loop(plan)
             mainloop.bind(warp % plan.group_warps, lane, sX)
             outputs = TransposedEpilogue(plan, mAlpha, mBias, mY, warp, lane)
@@ -165,8 +160,18 @@ class MixedInputGemm:
             partials = shared_address(smem["partials" if "partials" in smem else "a"])
             sums = PartialSums(plan, partials, outputs, warp, lane, part, share)
             Consumer(plan, schedule, ring, mainloop, sums, outputs, warp).run(
-                first, stride, *k_range, shared_address(smem["b"]), shared_address(smem["sfb"])
+                *ranges, shared_address(smem["b"]), shared_address(smem["sfb"])
             )
+
+    def _work(self, mY: cute.Tensor, steps: Int32, part: Int32, share: Int32) -> tuple:
+        """This CTA's (schedule, first tile, stride of tiles, first stage of K, end of K)."""
+        tile, block, ctas = self.plan.tile, block_here(), cute.arch.grid_dim()[0]
+        cluster, turn = tile.split * tile.multicast, LOOPS[tile.mainloop].stages_a_turn(self.plan)
+        schedule = ClusterSchedule(self.plan, mY, ctas, part)
+        stride = ctas // cluster if tile.split == 1 else schedule.tiles
+        turns = cute.ceil_div(steps * FRAGMENT_K, tile.k * turn)
+        k_begin, k_end = (turns * edge // tile.split * turn for edge in (share, share + 1))
+        return schedule, block // cluster, stride, k_begin, k_end
 
     def _box(self, name: str) -> tuple[int, int]:
         """One TMA box of codes or scales, in 8-byte words: (words of a stage's steps, 16-row tiles)."""
