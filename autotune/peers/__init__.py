@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nvfp4dsl.autotune.peers.libraries import Cublas, Humming, Quack
-from nvfp4dsl.autotune.peers.ours import Ours
+from nvfp4dsl.autotune.peers.ours import Ours, OursForced
 from nvfp4dsl.autotune.peers.problem import Linear, LinearPeer, Weights, output_bytes, weight_bytes
 from nvfp4dsl.autotune.peers.stream import Stream
 
@@ -19,6 +19,7 @@ LINEAR: dict[str, Callable[[], LinearPeer]] = {
     "humming": Humming,
     "nvfp4dsl": Ours,
     "nvfp4dsl_no_pdl": lambda: Ours("nvfp4dsl_no_pdl", overlap="none"),
+    "nvfp4dsl_hmma": lambda: OursForced("hmma"),
 }
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan, wgmma
+from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan, hmma, wgmma
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.errors import InspectError
 from nvfp4dsl.inspect.report import NOTE, Report
@@ -118,7 +118,10 @@ def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -
     resident = ceil_div(ctas, device.sms)
     mmas = tile.m * tile.n * round_up(ceil_div(k, tile.split), tile.k) / math.prod(report.mma_shape) / report.mma_pipes
     issue = report.bounds["issue"] / report.bounds["tensor"] * report.mma_cycles / ISSUE_EFFICIENCY
-    loop = resident * mmas * max(report.cycles_per_mma_with(resident) / TENSOR_EFFICIENCY, issue)
+    cycles = report.cycles_per_mma_with(resident)
+    if report.mma.startswith("HMMA"):
+        cycles = max(cycles, hmma.mma_cycles(device))  # GeForce cards have half the rate of their instruction set
+    loop = resident * mmas * max(cycles / TENSOR_EFFICIENCY, issue)
     outputs = resident * tile.m * tile.n
     store = max(outputs * FLOAT_BYTES[plan.spec.out_dtype] / STORE_BYTES_PER_CLOCK, report.tile_overhead_cycles)
     wave = (loop + store) / clock * 1e-3 + TILE_US + (SPLIT_US * (1 + outputs / 16384) if tile.split > 1 else 0)

@@ -7,6 +7,7 @@ import torch
 
 import nvfp4dsl as nv
 from nvfp4dsl import dispatch, jit
+from nvfp4dsl.autotune.peers import Weights, select
 from nvfp4dsl.config import GemmSpec, TileConfig, hmma, legal, mixed_input, plan
 from nvfp4dsl.emulator import mutate
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
@@ -109,6 +110,17 @@ def test_linear_takes_it_for_more_than_a_few_tokens(target, instruction):
     assert run.kernel.tile.k in mixed_input.TILE_K
     assert instruction in run.kernel.ptx
     _check(y, x, weight, bias)
+
+
+def test_bench_has_a_peer_that_forces_hmma():
+    weights = Weights(136, 272, 1, device="cpu")
+    (peer,) = select(["nvfp4dsl_hmma"])
+    with nv.emulate(TARGET, max_ctas=132) as emulation:
+        x = _random(70, 272)
+        y = peer.call(x, peer.prepare(weights.tensors[0]))
+    (run,) = emulation.runs
+    assert "mma.sync" in run.kernel.ptx
+    _check(y, x, weights.tensors[0])
 
 
 @pytest.mark.parametrize(
