@@ -26,7 +26,7 @@ from nvfp4dsl import dispatch, jit, ops, quantization, reference
 from nvfp4dsl.autotune import measure
 from nvfp4dsl.autotune.peers import Linear, Weights, select, weight_bytes
 from nvfp4dsl.config import TILES, GemmSpec, TileConfig, family, legal, legal_tiles
-from nvfp4dsl.dispatch import TORCH
+from nvfp4dsl.dispatch import DEFAULT_OVERLAP, TORCH
 from nvfp4dsl.errors import NVFP4Error
 from nvfp4dsl.formats import CANONICAL, NVFP4Tensor
 from nvfp4dsl.packing import BLACKWELL, FRAGMENTS, layout_for, prepare
@@ -43,7 +43,11 @@ SAME, CLOSE, WRONG, FAILED, NEW = "same bits", "close", "wrong", "failed", "noth
 
 #: ops whose output is NVFP4.
 TO_NVFP4 = ("quantize", "silu_mul", "rms_norm", "add_rms_norm")
+#: ops through a block-scaled MMA
+W4A4 = ("mm", "linear_nvfp4")
 EPS, GLOBAL_SCALE = 1e-6, 2.0**-6
+#: by which ``linear_nvfp4`` quantizes: no block saturates
+ACTIVATION_SCALE = 2.0**-3
 
 #: extents that divide nothing, and a K that goes around every ring of stages; W4A16 takes longer steps of K.
 ROWS, N, K = 70, 136, 1040
@@ -55,7 +59,8 @@ class Case:
     """One kernel on one problem.
 
     Attributes:
-        op: ``"mm"`` (W4A4), ``"linear"`` (W4A16), or one of :data:`TO_NVFP4`.
+        op: ``"mm"`` (W4A4), ``"linear_nvfp4"`` (W4A4 of bf16, quantized by the same kernel), ``"linear"`` (W4A16), or
+            one of :data:`TO_NVFP4`.
         m, n, k: extents; what quantizes has no n.
         dtype: of the output; of the input, if the output is NVFP4.
         tile: of a product, else None.
@@ -79,7 +84,7 @@ class Case:
     @property
     def key(self) -> str:
         """What the bits depend on: a block-scaled MMA adds in the order of K, whatever the tile, unless K is split."""
-        if self.op == "mm" and self.tile is not None and self.tile.split == 1:
+        if self.op in W4A4 and self.tile is not None and self.tile.split == 1:
             return str(Case(self.op, self.m, self.n, self.k, self.dtype, None, self.bias))
         return str(self)
 
@@ -179,6 +184,24 @@ def _gemm_cases(target: Target, mode: str, everything: bool) -> Iterator[Case]:
             yield Case(op, m, n, k, "bf16", tile, bias="bf16")
             yield Case(op, m, n, k, "fp16", tile, bias="fp32")
             yield Case(op, m, n - 1, k, "bf16", tile)
+    if mode == "nvfp4":
+        yield from _quantizing_cases(target, tiles)
+
+
+def _quantizing_cases(target: Target, tiles: Sequence[TileConfig]) -> Iterator[Case]:
+    """Those of ``tiles`` whose kernel can quantize its tokens; the first with each type, bias and unaligned rows."""
+    spec = GemmSpec(out_dtype="fp32", quantizes="bf16")
+    tiles = [tile for tile in tiles if not legal(spec, tile, target)]
+    for tile in tiles:
+        m = tile.m - 3
+        yield Case("linear_nvfp4", m, N, K, "fp32", tile)
+        two = replace(tile, split=2)
+        if tile.split == 1 and two not in tiles and not legal(spec, two, target):
+            yield Case("linear_nvfp4", m, N, K, "fp32", two)
+        if tile == tiles[0]:
+            yield Case("linear_nvfp4", m, N, K, "bf16", tile, bias="bf16")
+            yield Case("linear_nvfp4", m, N, K, "fp16", tile, bias="fp32")
+            yield Case("linear_nvfp4", m, N - 1, K, "bf16", tile)
 
 
 def specs(case: Case) -> tuple[GemmSpec, TileConfig] | None:
@@ -188,6 +211,8 @@ def specs(case: Case) -> tuple[GemmSpec, TileConfig] | None:
     bias = None if case.bias is None else TORCH[case.bias]
     if case.op == "mm":
         return dispatch.gemm_spec(case.n, TORCH[case.dtype], bias), case.tile
+    if case.op == "linear_nvfp4":
+        return dispatch.gemm_spec(case.n, TORCH[case.dtype], bias, DEFAULT_OVERLAP, torch.bfloat16), case.tile
     return dispatch.linear_spec(case.n, case.k, TORCH[case.dtype], bias), case.tile
 
 
@@ -230,6 +255,9 @@ def compute(case: Case, target: Target, device: str) -> tuple[torch.Tensor, ...]
         a = prepare(_quantized("activations", case.m, case.k), target.name, activation="nvfp4").to(device)
         return (dispatch.gemm(a, weight, bias, out_dtype=out_dtype, tile=case.tile).cpu(),)
     x = _floats("x", "bf16", case.m, case.k).to(device)
+    if case.op == "linear_nvfp4":
+        scale = torch.tensor(ACTIVATION_SCALE, device=device)
+        return (dispatch.quantizing_gemm(x, scale, weight, bias, out_dtype=out_dtype, tile=case.tile).cpu(),)
     out = torch.empty(case.m, case.n, dtype=out_dtype, device=device)
     spec, tile = specs(case)  # type: ignore[misc]
     kernel = dispatch.kernel_for(spec, tile, target.name)
@@ -261,7 +289,7 @@ def _rows(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _mode(case: Case) -> str:
-    return {"mm": "nvfp4", "linear": "bf16"}[case.op]
+    return "nvfp4" if case.op in W4A4 else "bf16"
 
 
 def expected(case: Case) -> tuple[torch.Tensor, ...]:
@@ -272,6 +300,9 @@ def expected(case: Case) -> tuple[torch.Tensor, ...]:
     bias = None if case.bias is None else _floats("bias", case.bias, case.n).double()
     if case.op == "mm":
         left = reference.dequantize(_quantized("activations", case.m, case.k), torch.float64)
+    elif case.op == "linear_nvfp4":
+        x = _floats("x", "bf16", case.m, case.k)
+        left = reference.dequantize(reference.quantize(x, ACTIVATION_SCALE), torch.float64)
     else:
         left = _floats("x", "bf16", case.m, case.k).double()
     product = left @ reference.dequantize(weight, torch.float64).T

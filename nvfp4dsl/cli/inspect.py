@@ -41,6 +41,7 @@ class Named(click.ParamType):
 @out_dtype_option
 @click.option("--activation", type=click.Choice(list(TILES)), default="nvfp4", show_default=True, help="As in compile.")
 @click.option("--bias", type=click.Choice(["bf16", "fp16", "fp32"]), help="As in compile.")
+@click.option("--quantizes", type=click.Choice(["bf16", "fp16"]), help="Of tokens that the kernel itself quantizes.")
 @click.option("--cubin", "cubins", multiple=True, type=Named(), help="Anyone's cubin instead of a kernel of ours.")
 @click.option("--beside", multiple=True, type=Named(), help="Anyone's cubin beside kernels of ours.")
 @click.option("--mma-warps", type=click.IntRange(min=1), help="Warps that multiply in those cubins (default 8).")
@@ -53,6 +54,7 @@ def inspect_(
     out_dtype: str,
     activation: str,
     bias: str | None,
+    quantizes: str | None,
     cubins: tuple[tuple[str, Path], ...],
     beside: tuple[tuple[str, Path], ...],
     mma_warps: int | None,
@@ -73,7 +75,9 @@ def inspect_(
     card = get_device(device) if device else None
     rows = []
     if not cubins:
-        spec = GemmSpec(activation=activation, out_dtype=out_dtype, bias=bias)
+        if quantizes and activation != "nvfp4":
+            raise click.UsageError("--quantizes is for --activation nvfp4")
+        spec = GemmSpec(activation=activation, out_dtype=out_dtype, bias=bias, quantizes=quantizes)
         for tile in map(TileConfig.parse, tiles or [str(TILES[activation][0])]):
             with progress(f"compiling {tile} for {target}", as_json):
                 kernel = jit.compile(spec, tile, target)

@@ -9,6 +9,7 @@ from nvfp4dsl import dispatch, reference
 from nvfp4dsl.config import TILES, GemmSpec, TileConfig, legal, legal_tiles, plan
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.emulator import mutate
+from nvfp4dsl.inspect import inspect
 from nvfp4dsl.jit import compile_many
 from nvfp4dsl.testing import assert_close, bits_differing
 
@@ -194,6 +195,14 @@ def test_chosen_tiles_compile_without_spills(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_compiles_without_spills(target, dtype):
     compiled(target, legal_tiles(GemmSpec(quantizes=dtype), target), dtype)
+
+
+def test_machine_code_can_be_inspected():
+    """The quantizing warps' loop is not taken for the main loop."""
+    tile, spec = TileConfig(16, 128, 256), GemmSpec(quantizes="bf16")
+    (kernel,) = compile_many([(spec, tile, "sm_121a")])
+    found = inspect(kernel.cubin, plan(spec, tile, "sm_121a"))
+    assert (found.as_json()["omma_per_kstep"], found.spills) == (2, 0)
 
 
 def test_only_tiles_of_few_tokens_quantize():

@@ -1,6 +1,7 @@
 """The public operations on a CPU: values of the oracle, bad input, torch integration. No kernel is compiled here."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -68,6 +69,12 @@ def _bad_calls():
     yield "bias dtype", nv.OperandError, lambda: nv.mm(w, w, torch.zeros(8, dtype=torch.int32)), "int32"
     yield "out_dtype", nv.OperandError, lambda: nv.mm(w, w, out_dtype=torch.int8), "int8"
     yield "mode", nv.ModeError, lambda: nv.linear(x, w, activation="fp8"), "nvfp4"
+    w4a4 = functools.partial(nv.linear, x, w, activation="nvfp4")
+    yield "scale in mode bf16", nv.ModeError, lambda: nv.linear(x, w, activation_scale=1.0), "activation='nvfp4'"
+    for scale in (0.0, -1.0, float("nan"), float("inf"), 1e-40, torch.tensor(0.0), torch.tensor(float("nan"))):
+        yield f"scale {scale}", nv.OperandError, functools.partial(w4a4, activation_scale=scale), "finite, positive"
+    yield "scale shape", nv.OperandError, lambda: w4a4(activation_scale=torch.ones(4)), "global_scale has shape"
+    yield "scale dtype", nv.OperandError, lambda: w4a4(activation_scale=torch.ones((), dtype=torch.half)), "float32"
     yield "target", nv.TargetError, lambda: nv.prepare(w, "sm_89"), "sm_121a"
     yield "target of emulate", nv.TargetError, lambda: nv.emulate("sm_75").__enter__(), "sm_121a"
     yield "tile on the CPU", nv.TileError, lambda: nv.mm(w, w, tile="128x128x128"), "emulate"
@@ -100,6 +107,11 @@ def test_bad_input_is_a_typed_error(case):
         (lambda x, w, p: nv.mm(p, p, tile="256x256x128"), nv.TileError, "128"),
         (lambda x, w, p: nv.mm(p, p, tile="128x128x256x9"), nv.TileError, "101376"),
         (lambda x, w, p: nv.mm(p, p, out_dtype=torch.float64), nv.OperandError, "float64"),
+        (lambda x, w, p: nv.mm(p, p, tile="128x128x128-multicast2"), nv.TileError, "multicast=2.*Nearest"),
+        (lambda x, w, p: nv.linear(x, p, activation="nvfp4", activation_scale=0.0), nv.OperandError, "positive"),
+        (lambda x, w, p: nv.linear(x, w, activation="nvfp4", activation_scale=1.0), nv.LayoutError, "prepare"),
+        (lambda x, w, p: nv.linear(x / 0, p, activation="nvfp4", activation_scale=1.0), nv.OperandError, "finite"),
+        (lambda x, w, p: nv.linear(x, p, activation="nvfp4", activation_scale=1.0, overlap="all"), nv.ModeError, "all"),
     ],
 )
 def test_bad_input_never_launches(call, kind, word):
@@ -144,6 +156,37 @@ def test_operators_pass_opcheck():
     for activation in ("bf16", "nvfp4"):
         args = (x.float().requires_grad_(), *parts, [], bias, activation, "weights")
         torch.library.opcheck(torch.ops.nvfp4dsl.linear.default, args)
+    torch.library.opcheck(torch.ops.nvfp4dsl.linear.default, (*args, torch.tensor(0.01)))
+
+
+def test_a_given_activation_scale():
+    """By the reference on a CPU; no gradient goes through it; it passes through torch.compile."""
+    x, w, scale = _random(2, 3, 32, dtype=torch.float32).requires_grad_(), nv.quantize(_random(5, 32, seed=1)), 0.003
+    linear = functools.partial(nv.linear, activation="nvfp4")
+    y = linear(x, w, activation_scale=scale)
+    expected = reference.gemm(reference.quantize(x.detach(), scale), w, out_dtype=torch.float32)
+    assert bits_differing(y.detach(), expected) == 0
+    assert bits_differing(y.detach(), linear(x, w).detach()) > 0
+    grad = _random(2, 3, 5, seed=2, dtype=torch.float32)
+    y.backward(grad)
+    assert relative_error(x.grad, grad @ nv.dequantize(w)) < 1e-6
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert bits_differing(compiled(x.detach(), w, activation_scale=torch.tensor(scale)), y.detach()) == 0
+    assert linear(_random(0, 32), w, activation_scale=scale).shape == (0, 5)
+    each = nv.quantize(_random(2, 5, 32, seed=3), per_matrix=True)
+    scales = torch.tensor([0.003, 0.02])
+    expected = reference.gemm(reference.quantize(x.detach(), scales), each, out_dtype=torch.float32)
+    assert bits_differing(linear(x.detach(), each, activation_scale=scales), expected) == 0
+
+
+def test_warmup_compiles_the_kernel_that_quantizes():
+    weight = nv.prepare(nv.quantize(_random(40, 256, seed=1)), "sm_121a")
+    with nv.emulate("sm_121a") as emulation:
+        (kernel,) = nv.warmup(weight, 3, activation="nvfp4", activation_scale=True)
+        nv.linear(_random(3, 256), weight, activation="nvfp4", activation_scale=0.01)
+        (other,) = nv.warmup(weight, 17, activation="nvfp4", activation_scale=True)
+    assert [run.kernel for run in emulation.runs] == [kernel]
+    assert (kernel.spec.quantizes, other.spec.quantizes) == ("bf16", None)
 
 
 def test_fake_kernels_know_the_prepared_shapes():

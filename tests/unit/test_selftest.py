@@ -29,6 +29,9 @@ def test_every_kernel_that_dispatch_chooses_has_a_case_and_a_stored_result(targe
         tiles = {str(t) for t in TILES[mode] if not legal(GemmSpec(activation=mode, out_dtype="fp32"), t, target)}
         op = {"nvfp4": "mm", "bf16": "linear"}[mode]
         assert {str(case.tile) for case in cases if case.op == op} >= tiles
+        spec = GemmSpec(quantizes="bf16")
+        few = {str(t) for t in TILES["nvfp4"] if mode == "nvfp4" and not legal(spec, t, target)}
+        assert {str(case.tile) for case in cases if case.op == "linear_nvfp4"} >= few
     stored = selftest.stored(target.name)
     missing = [str(case) for case in cases if case.key not in stored]
     assert not missing, "run: nvfp4dsl selftest --regenerate"
