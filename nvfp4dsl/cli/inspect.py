@@ -107,26 +107,29 @@ def _row(
     return row
 
 
-COLUMNS = (
-    ("name", "kernel"),
-    ("tile", "tile"),
+FIGURES = (
     ("omma_per_kstep", "MMA/k-step"),
-    ("other_per_omma", "other/MMA"),
-    ("cycles_per_omma", "cycles/MMA"),
-    ("smem_bytes_per_omma", "smem B/MMA"),
-    ("smem_bytes_per_clock", "smem B/clk"),
-    ("registers", "regs"),
+    ("other_per_omma", "other instructions/MMA"),
+    ("cycles_per_omma", "cycles/MMA, one warp"),
+    ("smem_bytes_per_omma", "shared memory, B/MMA"),
+    ("smem_bytes_per_clock", "shared memory, B/clk"),
+    ("registers", "registers"),
     ("spills", "spills"),
     ("stages", "stages"),
-    ("predicted_cycles_per_mma", "predicted cycles/MMA"),
-    ("predicted_peak_fraction", "predicted peak"),
+    ("predicted_cycles_per_mma", "cycles/MMA, all warps"),
+    ("predicted_peak_fraction", "predicted part of peak"),
 )
 
 
 def _present(rows: list[dict[str, Any]]) -> None:
     """The table of kernels, the blocks of each, and the prediction if there is one."""
     console = Console()
-    show_rows([{label: _figure(row, key) for key, label in COLUMNS} for row in rows], "main loops", console)
+    kernels = [f"{i}: {row['name']} {row['tile'] or ''}".rstrip() for i, row in enumerate(rows, 1)]
+    table = [
+        {"per kernel": label} | {name: _figure(row, key) for name, row in zip(kernels, rows, strict=True)}
+        for key, label in FIGURES
+    ]
+    show_rows(table, "main loops", console)
     for row in rows:
         blocks = [{k: v for k, v in block.items() if k != "address"} for block in row["blocks"]]
         blocks = [{"at": f"{b['address']:#x}", **rest} for b, rest in zip(row["blocks"], blocks, strict=True)]
