@@ -1,4 +1,5 @@
-"""Rewrites the PTX of an sm_12x kernel so that a Hopper GPU can execute it: only the block-scaled MMA is replaced.
+"""Rewrites the PTX of an sm_12x kernel so that a Hopper GPU can execute it: only the block-scaled MMA is replaced, and
+the conversion to e2m1 in a kernel that quantizes its tokens, by comparisons.
 
 Every other instruction of such a kernel exists on sm_90a, so loads, barriers, swizzles, the schedule and the epilogue
 run as they were compiled. An OMMA (``mma.sync`` m16n8k64 ``mxf4nvf4``, fp32 accumulators) becomes a block that decodes
@@ -19,6 +20,7 @@ K is contracted, so any k order serves that A and B share: a lane decodes its ow
 from __future__ import annotations
 
 import re
+import struct
 
 from nvfp4dsl.emulator.ptx import Immediate, Instruction, Register, Vector, parse
 from nvfp4dsl.errors import TargetError
@@ -31,10 +33,13 @@ PTX_VERSION, TARGET = "8.8", "sm_90a"
 _SOURCE_TARGET = re.compile(r"^(\s*\.target\s+)(sm_12\da)\b", re.M)
 _SOURCE_VERSION = re.compile(r"^(\s*\.version\s+)\d+\.\d+", re.M)
 _MMA = re.compile(r"mma\.sync\.\S*block_scale[^;]*;")
+_CONVERSION = re.compile(r"cvt\.rn\.satfinite\.e2m1x2\.f32\s+([%\w]+),\s*([%\w]+),\s*([%\w]+)\s*;")
+#: magnitudes where a code of e2m1 ends, and whether it does so before the tie: ties go to the even code
+_BOUNDARIES = ((0.25, "gt"), (0.75, "ge"), (1.25, "gt"), (1.75, "ge"), (2.5, "gt"), (3.5, "ge"), (5.0, "gt"))
 
 
 def substitute(ptx: str) -> str:
-    """The module for sm_90a, with each OMMA replaced by f16 MMAs; nothing else is changed.
+    """The module for sm_90a, with each OMMA replaced by f16 MMAs, and :func:`substitute_conversions`.
 
     Raises:
         TargetError: the PTX is not for sm_120a or sm_121a, or holds a block-scaled MMA of another shape or format.
@@ -51,7 +56,33 @@ def substitute(ptx: str) -> str:
     blocks = iter([_block(omma) for omma in ommas])
     if len(_MMA.findall(ptx)) != len(ommas):
         raise TargetError("the PTX mentions a block-scaled MMA in a comment: remove the comment")
-    return retarget(_MMA.sub(lambda _: next(blocks), ptx))
+    return retarget(substitute_conversions(_MMA.sub(lambda _: next(blocks), ptx)))
+
+
+def substitute_conversions(ptx: str) -> str:
+    """The module with each ``cvt.rn.satfinite.e2m1x2.f32`` replaced by comparisons that have the same result."""
+    return _CONVERSION.sub(lambda match: _conversion(*match.groups()), ptx)
+
+
+def _conversion(d: str, high: str, low: str) -> str:
+    """Codes of two fp32 values to the halves of a byte. NaN becomes 7."""
+    lines = ["{ .reg .pred %cv_p; .reg .b32 %cv_code, %cv_sign, %cv_byte; .reg .f32 %cv_x;", "mov.b32 %cv_byte, 0;"]
+    for value in (high, low):
+        lines += [f"abs.f32 %cv_x, {value};", "mov.b32 %cv_code, 0;"]
+        for boundary, comparison in _BOUNDARIES:
+            bits = struct.unpack("<I", struct.pack("<f", boundary))[0]
+            lines += [f"setp.{comparison}.f32 %cv_p, %cv_x, 0f{bits:08X};", "@%cv_p add.u32 %cv_code, %cv_code, 1;"]
+        lines += [
+            f"mov.b32 %cv_sign, {value};",
+            "shr.u32 %cv_sign, %cv_sign, 28;",
+            "and.b32 %cv_sign, %cv_sign, 8;",
+            "or.b32 %cv_code, %cv_code, %cv_sign;",
+            "setp.nan.f32 %cv_p, %cv_x, %cv_x;",
+            "@%cv_p mov.b32 %cv_code, 7;",
+            "shl.b32 %cv_byte, %cv_byte, 4;",
+            "or.b32 %cv_byte, %cv_byte, %cv_code;",
+        ]
+    return "\n\t".join([*lines, f"cvt.u8.u32 {d}, %cv_byte; }}"])
 
 
 def retarget(ptx: str) -> str:

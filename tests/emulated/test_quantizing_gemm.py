@@ -1,14 +1,18 @@
 """W4A4 whose kernel quantizes its tokens: one launch, and the bits of quantizing first."""
 
+import copy
+
 import pytest
 import torch
 from split_model import gemm_model
 
 import nvfp4dsl as nv
-from nvfp4dsl import dispatch, reference
+from nvfp4dsl import dispatch, emulator, reference
 from nvfp4dsl.config import TILES, GemmSpec, TileConfig, legal, legal_tiles, plan
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.emulator import mutate
+from nvfp4dsl.emulator.faults import WrongResult
+from nvfp4dsl.emulator.substitute import substitute_conversions
 from nvfp4dsl.inspect import inspect
 from nvfp4dsl.jit import compile_many
 from nvfp4dsl.testing import assert_close, bits_differing
@@ -123,6 +127,23 @@ def test_a_nan_global_scale_makes_everything_nan():
     x, weight, _ = operands(3, 40, 80)
     y, _ = emulated(x, torch.tensor(float("nan")), weight, tile="8x64x64")
     assert torch.isnan(y).all()
+
+
+def test_comparisons_can_stand_in_for_the_conversion():
+    """As on an H200: the same PTX, its conversions to e2m1 substituted."""
+    x, weight, scale = operands(9, 40, 1040, seed=10)
+    x[0, :16] = torch.tensor([0.25, -0.25, 0.75, 1.25, -1.75, 2.5, 3.5, 5, 6, 7, -0.0, 0, 4.9, -5.1, 0.2, 1]).bfloat16()
+    scale = torch.tensor(1 / 8)
+    y, run = emulated(x, scale, weight, tile="16x64x64")
+    text = substitute_conversions(run.kernel.ptx)
+    assert "e2m1x2" in run.kernel.ptx
+    assert "e2m1x2" not in text
+    run.launch.expected["c"] = y.view(-1).view(torch.uint8).numpy()
+    emulator.run(text, copy.deepcopy(run.launch))
+    with pytest.raises(WrongResult):
+        emulator.run(
+            text.replace("setp.ge.f32 %cv_p, %cv_x, 0f3F400000", "setp.gt.f32 %cv_p, %cv_x, 0f3F400000"), run.launch
+        )
 
 
 # linear -------------------------------------------------------------------------------------------------------------

@@ -18,15 +18,19 @@ import numpy as np
 import torch
 
 import nvfp4dsl as nv
-from nvfp4dsl import emulator
-from nvfp4dsl.config import GemmSpec, legal_tiles
+from nvfp4dsl import dispatch, emulator
+from nvfp4dsl.config import GemmSpec, TileConfig, legal_tiles
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.formats import NVFP4Tensor
+
+#: of bf16 that a kernel quantizes: some blocks saturate
+ACTIVATION_SCALE = 2.0**-10
 
 
 @dataclass(frozen=True)
 class Case:
-    """One GEMM, M x N x K, for sm_121a. Plain: no bias, one global scale a tensor. Without a tile, dispatch chooses."""
+    """One GEMM, M x N x K, for sm_121a. Plain: no bias, one global scale a tensor. Without a tile, dispatch chooses.
+    Quantizes: the kernel takes bf16."""
 
     m: int
     n: int
@@ -35,11 +39,13 @@ class Case:
     plain: bool = True
     batch: tuple[int, ...] = ()
     tile: str | None = None
+    quantizes: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.m}x{self.n}x{self.k}", str(self.out_dtype).removeprefix("torch.")]
         parts += [f"batch{n}" for n in self.batch]
         parts += ["bias-ranges"] if not self.plain else []
+        parts += ["quantizes"] if self.quantizes else []
         parts += ["tile" + self.tile.replace("/", "-split")] if self.tile else []
         return "-".join(parts)
 
@@ -60,7 +66,13 @@ class Case:
         a, b, bias = (torch.from_numpy(rng.standard_normal(shape)) for shape in shapes)
         row_ends = None if self.plain else (self.n // 3, self.n)
         weight = nv.quantize(b.float(), row_ends=row_ends)
-        return nv.quantize(a.float()), weight, None if self.plain else bias.float()
+        a = nv.quantize(a.bfloat16(), ACTIVATION_SCALE) if self.quantizes else nv.quantize(a.float())
+        return a, weight, None if self.plain else bias.float()
+
+    def x(self) -> torch.Tensor:
+        """What the kernel itself quantizes, before it does."""
+        rng = np.random.default_rng([self.m, self.n, self.k])
+        return torch.from_numpy(rng.standard_normal((*self.batch, self.m, self.k))).bfloat16()
 
 
 CASES = [
@@ -77,6 +89,10 @@ CASES = [
     Case(13, 2880, 1040, torch.float32, tile="8x128x256"),
     Case(200, 2880, 272, torch.float32, tile="64x128x128-pingpong"),
     Case(37, 200, 7680, torch.float32, tile="16x64x128/4"),
+    Case(7, 2880, 1040, torch.float32, tile="8x128x256", quantizes=True),
+    Case(16, 200, 7680, tile="16x64x128/4", quantizes=True),
+    Case(13, 133, 2880, torch.float16, plain=False, tile="16x128x256", quantizes=True),
+    Case(1, 1448, 2880, quantizes=True),
 ]
 #: extents that no tile divides
 SHAPES = [(197, 2880, 336), (67, 200, 7680), (35, 7680, 208), (45, 1448, 2880)]
@@ -106,7 +122,13 @@ def write(folder: Path, case: Case) -> None:
 
     a, b, bias = case.operands()
     with nv.emulate("sm_121a"), patch.object(emulator, "run", save):
-        nv.mm(nv.prepare(a, "sm_121a"), nv.prepare(b, "sm_121a"), bias, out_dtype=case.out_dtype, tile=case.tile)
+        weight = nv.prepare(b, "sm_121a")
+        if case.quantizes:
+            tile = TileConfig.parse(case.tile) if case.tile else None
+            scale = torch.tensor(ACTIVATION_SCALE)
+            dispatch.quantizing_gemm(case.x(), scale, weight, bias, out_dtype=case.out_dtype, tile=tile)
+        else:
+            nv.mm(nv.prepare(a, "sm_121a"), weight, bias, out_dtype=case.out_dtype, tile=case.tile)
 
 
 if __name__ == "__main__":
