@@ -17,7 +17,7 @@ TILES = (
     TileConfig(64, 128, 64),
     TileConfig(32, 128, 128),
     TileConfig(128, 128, 64),
-    TileConfig(128, 256, 64),
+    TileConfig(256, 128, 64),
     TileConfig(32, 64, 128),
 )
 #: CTAs of a cluster that may share K where there are clusters.

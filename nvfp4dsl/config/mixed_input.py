@@ -39,9 +39,9 @@ TILE_M, TILE_K = (16, 32, 48, 64, 96, 128, 192, 256), (64, 128)
 TILE_N = {"wgmma": (128, 256), "hmma": (64, 128, 256)}
 #: fp32 accumulators a thread may hold.
 MAX_ACCUMULATORS = 128
-#: by inner loop and groups of warps that share K: registers a thread of consumers and of the producer's warpgroup. The
-#: launch gives 168, or 96 where there are five warpgroups, and the sums must not be above that.
-REGISTERS = {("wgmma", 1): (232, 40), ("wgmma", 2): (112, 32), ("hmma", 1): (224, 56)}
+#: by groups of warps that share K: registers a thread of consumers and of the producer's warpgroup. The launch gives
+#: 168, or 96 where there are five warpgroups, and the sums must not be above that.
+REGISTERS = {1: (232, 40), 2: (112, 32)}
 #: most tokens for which two groups share K with WGMMA: their accumulators must leave room for fragments. With few
 #: tokens a unit's latency is what costs, and more warps hide it.
 MAX_SHARED_TOKENS = 64
@@ -160,6 +160,8 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
         reasons.append(
             f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {MAX_ACCUMULATORS}"
         )
+    if tile.mainloop == "hmma" and registers == MAX_ACCUMULATORS and tile.k > FRAGMENT_K:
+        reasons.append(f"{registers} accumulator registers a thread leave HMMA those for steps of {FRAGMENT_K} k only")
     wanted = tile.stages if tile.stages is not None else MIN_STAGES
     if not MIN_STAGES <= wanted <= MAX_STAGES:
         reasons.append(f"{wanted} stages: allowed are {MIN_STAGES} to {MAX_STAGES}")
@@ -194,5 +196,5 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
         transaction_bytes=tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES),
         threads=(groups * CONSUMERS + 1) * WARPGROUP,
         swapped=True,
-        registers=REGISTERS[str(tile.mainloop), groups],
+        registers=REGISTERS[groups],
     )

@@ -11,6 +11,7 @@ from nvfp4dsl.autotune.peers import Weights, select
 from nvfp4dsl.config import GemmSpec, TileConfig, hmma, legal, mixed_input, plan
 from nvfp4dsl.emulator import mutate
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
+from nvfp4dsl.inspect import inspect
 from nvfp4dsl.targets import get_target
 from nvfp4dsl.testing import assert_close, bits_differing
 
@@ -198,6 +199,20 @@ def test_hmma_tiles_that_dispatch_chooses_do_not_spill():
     kernels = jit.compile_many([(spec, tile, "sm_121a") for spec, tile in specs])
     assert len(kernels) >= 2 * len(hmma.TILES)
     assert [str(k.tile) for k in kernels if k.meta["spills"]] == []
+
+
+@pytest.mark.parametrize(("tile", "bar"), [("64x128x64", 0.92), ("128x128x64", 0.95), ("256x128x64", 0.95)])
+def test_hmma_issues_as_fast_as_the_tensor_pipe_takes_it(tile, bar):
+    """By the issue model, no cards at hand: 16 cycles an MMA on sm_12x, with little beside."""
+    spec, tile = GemmSpec(activation="bf16"), TileConfig.parse(tile)
+    report = inspect(jit.compile(spec, tile, "sm_121a").cubin, plan(spec, tile, "sm_121a"))
+    assert report.mma.startswith("HMMA")
+    assert report.mma_cycles == 16
+    assert report.predicted_peak_fraction >= bar
+    # decoding, scaling, loads and the ring, in words of the module's docstring; moves would show here
+    rows, tokens = plan(spec, tile, "sm_121a").blocks
+    per_k16 = 15.5 * rows + tokens / 2
+    assert report.other_per_mma * rows * tokens <= per_k16 + 12
 
 
 @pytest.mark.slow
