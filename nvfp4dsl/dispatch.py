@@ -433,7 +433,8 @@ def w4a16(
 
 
 def warm(requests: Iterable[tuple[GemmSpec, TileConfig, str]], device: torch.device) -> list[jit.CompiledKernel]:
-    """Compile what :func:`kernel_for` will be asked for, in parallel, and load it onto ``device`` where that runs it.
+    """Compile what :func:`kernel_for` will be asked for, in parallel, and load what multiplies onto ``device`` where
+    that runs it.
 
     Raises:
         LaunchError: a CUDA graph is being captured.
@@ -445,7 +446,7 @@ def warm(requests: Iterable[tuple[GemmSpec, TileConfig, str]], device: torch.dev
     log.info("warming up %d kernels: %d are not loaded yet", len(rows), sum(row not in _kernels for row in rows))
     for row, kernel in zip(rows, jit.compile_many(rows), strict=True):
         known = _kernels.setdefault(row, kernel)
-        if device.type == "cuda" and site(device) == get_target(row[2]):
+        if device.type == "cuda" and site(device) == get_target(row[2]) and isinstance(row[0], GemmSpec):
             load(known, device)
     return [_kernels[row] for row in rows]
 

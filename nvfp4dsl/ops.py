@@ -326,7 +326,7 @@ def warmup(
             Kernels of another device's target are compiled into the cache on disk, which needs no GPU.
 
     Returns:
-        The kernels, each once. Shapes share kernels: there are fewer of them than of shapes.
+        The kernels, each once, those that quantize x included. Shapes share kernels: there may be fewer of them.
 
     Raises:
         TargetError: there is no such target, no device to take it from, or it has no kernel for the mode.
@@ -336,7 +336,9 @@ def warmup(
     pair = isinstance(weights, tuple) and all(isinstance(extent, int) for extent in weights)
     several: list[Any] = [weights] if pair or isinstance(weights, NVFP4Tensor) else list(weights)
     rows = [ms] if isinstance(ms, int) else list(ms)
-    mode, requests = activation or "bf16", []
+    mode = activation or "bf16"
+    requests: list[Any] = []
+    shapes: list[tuple[int, int, str]] = []
     here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     for weight in several:
         if isinstance(weight, NVFP4Tensor):
@@ -347,14 +349,23 @@ def warmup(
         if at is None:
             raise TargetError("there is no CUDA device to warm up for; name a target, e.g. target='sm_90a'")
         sms = dispatch.sm_count(here) if at == own else dispatch.first_device_sms(at.name)
+        w4a4 = mode == "nvfp4" and "nvfp4" in at.mainloops
         for m in rows:
-            if mode == "nvfp4" and "nvfp4" in at.mainloops:
-                quantizes = dtype if activation_scale and dispatch.quantizes_rows(m, dtype) else None
+            quantizes = dtype if w4a4 and activation_scale and dispatch.quantizes_rows(m, dtype) else None
+            if w4a4:
                 spec = dispatch.gemm_spec(n, dtype, bias, overlap, quantizes)
             else:
                 spec = dispatch.linear_spec(n, k, dtype, bias, overlap)
             requests.append((spec, dispatch.choose_tile(spec, m, n, k, at.name, sms), at.name))
-    return dispatch.warm(requests, here)
+            if mode == "nvfp4" and not quantizes:
+                layout = BLACKWELL if w4a4 else CANONICAL
+                requests += quantization.requests(m, k, dtype, layout, at.name, sms, activation_scale)
+                shapes += [(m, k, layout)] if at == own and here.type == "cuda" else []
+    kernels = dispatch.warm(requests, here)
+    for m, k, layout in dict.fromkeys(shapes):  # CUDA loads code at its first launch
+        x = torch.zeros(m, k, dtype=dtype, device=here)
+        quantization.quantize(x, torch.ones((), device=here) if activation_scale else None, layout=layout)
+    return kernels
 
 
 def _parts(t: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str, int, int]:

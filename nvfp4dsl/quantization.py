@@ -258,10 +258,12 @@ def choose_tile(rows: int, blocks: int, sms: int) -> QuantizeTile:
 
 
 def requests(
-    m: int, k: int, dtype: torch.dtype, layout: str, target: str, sms: int
+    m: int, k: int, dtype: torch.dtype, layout: str, target: str, sms: int, given: bool
 ) -> list[tuple[QuantizeSpec, QuantizeTile, str]]:
-    """What to compile, so that :func:`quantize` of an [m, k] by its own scale finds it."""
+    """What to compile, so that :func:`quantize` of an [m, k] by a ``given`` scale, or by its own, finds it."""
     tile, name = choose_tile(m, k // BLOCK, sms), dispatch.FLOATS[dtype]
+    if given:
+        return [(QuantizeSpec(dtype=name, layout=layout), tile, target)]
     return [
         (QuantizeSpec(dtype=name, reduce=True), REDUCE_TILES[tile.rows], target),
         (QuantizeSpec(dtype=name, layout=layout, dynamic=True), tile, target),

@@ -184,9 +184,22 @@ def test_warmup_compiles_the_kernel_that_quantizes():
     with nv.emulate("sm_121a") as emulation:
         (kernel,) = nv.warmup(weight, 3, activation="nvfp4", activation_scale=True)
         nv.linear(_random(3, 256), weight, activation="nvfp4", activation_scale=0.01)
-        (other,) = nv.warmup(weight, 17, activation="nvfp4", activation_scale=True)
     assert [run.kernel for run in emulation.runs] == [kernel]
-    assert (kernel.spec.quantizes, other.spec.quantizes) == ("bf16", None)
+    assert kernel.spec.quantizes == "bf16"
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_121a"])
+@pytest.mark.parametrize("given", [False, True])
+def test_warmup_compiles_what_quantizes(target, given, caplog):
+    weight = nv.prepare(nv.quantize(_random(40, 256, seed=1)), target)
+    with nv.emulate(target) as emulation:
+        kernels = nv.warmup(weight, 17, activation="nvfp4", activation_scale=given)
+        assert emulation.runs == []
+        caplog.set_level("INFO", logger="nvfp4dsl")
+        nv.linear(_random(17, 256), weight, activation="nvfp4", activation_scale=0.01 if given else None)
+    assert caplog.text == ""
+    assert {id(run.kernel) for run in emulation.runs} == set(map(id, kernels))
+    assert len(emulation.runs) == (2 if given else 3)
 
 
 def test_fake_kernels_know_the_prepared_shapes():
@@ -218,7 +231,8 @@ def test_warmup_compiles_what_a_call_will_need(caplog):
 
 
 def test_warmup_for_another_target_needs_no_device():
-    (kernel,) = nv.warmup((64, 256), 4, activation="nvfp4", target="sm_121a", dtype=torch.float16)
+    kernel, *quantizing = nv.warmup((64, 256), 4, activation="nvfp4", target="sm_121a", dtype=torch.float16)
+    assert {kernel.spec.reduce for kernel in quantizing} == {True, False}
     assert (kernel.target, kernel.spec.activation, kernel.spec.out_dtype) == ("sm_121a", "nvfp4", "fp16")
     if not torch.cuda.is_available():
         with pytest.raises(nv.TargetError, match="target="):
