@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 from nvfp4dsl.config.spec import MMA_K, MMA_M, MMA_N, Plan, TileConfig
+from nvfp4dsl.config.wgmma import RESIDENT
 from nvfp4dsl.layouts import ceil_div, round_up
 from nvfp4dsl.targets import DEVICES, Device, Target
 
@@ -60,7 +61,8 @@ def estimate_us(plan: Plan, m: int, n: int, k: int, device: Device, sms: int) ->
     CTAs, of reads from L2, and of memory traffic; and a tenth of the others, which never hide entirely."""
     tile, (row_blocks, token_blocks) = plan.tile, plan.blocks
     row_tiles, token_tiles = ceil_div(n, tile.n), ceil_div(m, tile.m)
-    tiles, clusters = row_tiles * token_tiles, sms // tile.split
+    # of clusters, no card is known to run more than an H200 does
+    tiles, clusters = row_tiles * token_tiles, RESIDENT[tile.split] * sms // RESIDENT[1] // tile.split
     if tile.split > 1 and tiles > clusters:
         return math.inf  # clusters that split K must all run at once
     cycles_us, outputs = 1e-3 / device.clock_ghz, tile.m * tile.n

@@ -66,7 +66,8 @@ class HmmaMainloop(MixedInputMainloop):
         release: Callable[[], None],
     ) -> int:
         order = [(step, j) for step in range(self.steps) for j in range(MMAS)]
-        present, loaded = self._pending(), {}
+        present = self._pending()
+        loaded: dict = {}
         for step, j in order:
             ahead = self._load(stage, codes, scales, step, j, loaded)
             if (step, j) == order[-1]:

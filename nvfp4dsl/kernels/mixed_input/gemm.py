@@ -23,7 +23,7 @@ from nvfp4dsl.kernels.schedule import PersistentSchedule, TileCoord
 from nvfp4dsl.kernels.swizzle import tile_layout
 from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_ROWS, FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES
 
-LOOPS: dict[str, type[MixedInputMainloop]] = {"wgmma": WgmmaMainloop, "hmma": HmmaMainloop}
+LOOPS: dict[str | None, type[MixedInputMainloop]] = {"wgmma": WgmmaMainloop, "hmma": HmmaMainloop}
 
 
 class MixedInputGemm:
