@@ -34,6 +34,8 @@ SUB_CORES, WARPS_A_SUB_CORE = 4, 2
 #: issue slots of a k16: to decode an m16k16 of weights, and beside everything else; share of all slots that kernels
 #: use; cycles of a k16 in which a warp's MMAs wait (the main loops of :data:`TILES` by the issue model).
 DECODE_SLOTS, OTHER_SLOTS, ISSUE_EFFICIENCY, EDGE_CYCLES = 15.5, 6, 0.8, 5
+#: tokens and rows of the skinny kernel's largest tile, and cycles of a sub-core for one of its MMAs, by the same model.
+SKINNY_TOKENS, SKINNY_ROWS, SKINNY_CYCLES = 32, 16, 50
 #: share of the memory's bandwidth that kernels reach; bytes a cycle that an SM draws from L2 while all of them do, and
 #: stores; microseconds of a launch with its first loads, and of a tile beside its loop.
 MEMORY_EFFICIENCY, L2_BYTES, STORE_BYTES = 0.9, 32, 16
@@ -77,11 +79,29 @@ def estimate_us(plan: Plan, m: int, n: int, k: int, device: Device, sms: int) ->
     reads = tiles * steps * (tile.n * STEP_BYTES + tile.m * MMA_K * 2)
     l2 = reads / (min(sms, tiles * tile.split) * L2_BYTES) * cycles_us + TILE_US
     moved = n * steps * STEP_BYTES + 2 * m * (k + n)
+    return _longest(compute, l2, moved, device)
+
+
+def skinny_us(m: int, n: int, k: int, device: Device, sms: int) -> float:
+    """The skinny kernel's time by the same rates, in tiles of 32 tokens: the warps of a CTA split K, so a small weight
+    makes more CTAs; but they issue at a third of the rate, and read the weight again every 32 tokens."""
+    tiles = ceil_div(n, SKINNY_ROWS) * ceil_div(m, SKINNY_TOKENS)
+    cycles_us = 1e-3 / device.clock_ghz
+    mmas = ceil_div(k, MMA_DEPTH) * (SKINNY_TOKENS // MMA_N) / SUB_CORES
+    compute = ceil_div(tiles, sms) * (mmas * max(SKINNY_CYCLES, mma_cycles(device)) * cycles_us + TILE_US)
+    reads = tiles * k * (SKINNY_ROWS * STEP_BYTES / MMA_K + SKINNY_TOKENS * 2)
+    moved = n * k * STEP_BYTES / MMA_K + 2 * m * (k + n)
+    return _longest(compute, reads / (min(sms, tiles) * L2_BYTES) * cycles_us, moved, device)
+
+
+def _longest(compute: float, l2: float, moved: float, device: Device) -> float:
+    """A call that takes these microseconds of sub-cores and of L2, and moves so many bytes."""
     parts = (compute, l2, moved / (device.memory_gbps * MEMORY_EFFICIENCY) * 1e-3)
     return LAUNCH_US + 0.9 * max(parts) + 0.1 * sum(parts)
 
 
-def choose(plans: Iterable[Plan], m: int, n: int, k: int, target: Target, sms: int) -> Plan:
-    """The plan with the least estimated time; of equals, the first."""
+def choose(plans: Iterable[Plan], m: int, n: int, k: int, target: Target, sms: int) -> tuple[Plan, bool]:
+    """The plan with the least estimated time, of equals the first; and whether it beats the skinny kernel."""
     device = device_like(target, sms)
-    return min(plans, key=lambda plan: estimate_us(plan, m, n, k, device, sms))
+    best = min(plans, key=lambda plan: estimate_us(plan, m, n, k, device, sms))
+    return best, estimate_us(best, m, n, k, device, sms) <= skinny_us(m, n, k, device, sms)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from nvfp4dsl.config import hmma, wgmma
+from nvfp4dsl.config import hmma, skinny, wgmma
 from nvfp4dsl.config.spec import (
     FLOAT_BYTES,
     MAX_STAGES,
@@ -54,15 +54,15 @@ TILES = tuple(dict.fromkeys((*wgmma.TILES, *hmma.TILES)))
 
 def choose(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int, mainloop: str | None = None) -> TileConfig:
     """The tile for ``m`` tokens and an ``n`` x ``k`` weight on a device of ``sms`` multiprocessors with the least
-    estimated time. ``mainloop`` forces an inner loop: by default the target's fastest.
-
-    By :func:`wgmma.choose` or :func:`hmma.choose`.
+    estimated time: :func:`wgmma.choose` or :func:`hmma.choose`, and where the skinny kernel would be faster than HMMA,
+    :func:`skinny.choose`. ``mainloop`` forces an inner loop: by default the target's fastest.
     """
     if (mainloop or mainloops(target)[0]) == "wgmma":
         return wgmma.choose(m, n, k, sms)
     candidates = (replace(tile, split=split, mainloop=mainloop) for tile in hmma.TILES for split in hmma.SPLITS)
     tiles = {plan(spec, tile, target): tile for tile in candidates if not reasons(spec, tile, target)}
-    return tiles[hmma.choose(tiles, m, n, k, target, sms)]
+    best, faster = hmma.choose(tiles, m, n, k, target, sms)
+    return tiles[best] if faster or mainloop else skinny.choose(spec, m, n, k, target, sms)
 
 
 def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:

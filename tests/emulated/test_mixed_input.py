@@ -103,9 +103,9 @@ def test_batch_and_row_ranges(target):
 
 @pytest.mark.parametrize(("target", "instruction"), [(TARGET, "wgmma"), ("sm_121a", "mma.sync")])
 def test_linear_takes_it_for_more_than_a_few_tokens(target, instruction):
-    x, bias = _random(17, 272), _random(40, seed=2)
+    x, bias = _random(65, 272), _random(40, seed=2)
     weight = nv.quantize(_random(40, 272, seed=1))
-    with nv.emulate(target) as emulation:
+    with nv.emulate(target, max_ctas=2) as emulation:
         y = nv.linear(x, nv.prepare(weight, target, activation="bf16"), bias, activation="bf16")
     (run,) = emulation.runs
     assert run.kernel.tile.k in mixed_input.TILE_K
@@ -164,8 +164,8 @@ def test_choice_is_legal(m, n, k, target, sms):
     """And takes no tile with twice the tokens there are, nor splits K where tiles fill the chip."""
     spec = dispatch.linear_spec(n, k, torch.bfloat16, None)
     tile = dispatch.choose_tile(spec, m, n, k, target, sms)
-    assert mixed_input.reasons(spec, tile, get_target(target)) == []
-    assert tile.k in mixed_input.TILE_K
+    assert legal(spec, tile, target) == []
+    assert tile.k in mixed_input.TILE_K or (n <= 4096 and m <= 100), "a small grid may be left to the skinny kernel"
     assert tile.m < 2 * m
     assert tile.split == 1 or -(-m // tile.m) * -(-n // tile.n) * tile.split <= 2 * sms
 
