@@ -12,8 +12,8 @@ from nvfp4dsl.testing import bits_differing
 
 TARGET = "sm_121a"
 WAIT = ("griddepcontrol", "wait")
-#: TMA descriptors among the kernel's parameters: of codes and of scales, of the instruction's A and B
-DESCRIPTORS = {"A": {0, 4}, "B": {2, 6}}
+#: TMA descriptors of codes and scales of the instruction's A, among the kernel's parameters: a decode tile's weights
+WEIGHTS = {("tma", 0), ("tma", 4)}
 
 
 def before_the_wait(text):
@@ -55,16 +55,17 @@ def operands(m, n=72, k=336):
     return x, nv.prepare(nv.quantize(torch.randn(n, k, generator=generator)), TARGET)
 
 
-@pytest.mark.parametrize(("m", "side"), [(3, "A"), (70, "B")])
+@pytest.mark.parametrize(("m", "decode"), [(3, True), (70, False)])
 @pytest.mark.parametrize("overlap", ["weights", "launch", "none"])
-def test_only_weights_are_read_early_and_nothing_is_written(overlap, m, side):
+def test_only_weights_are_read_early_and_nothing_is_written(overlap, m, decode):
+    """And by decode tiles alone."""
     x, weight = operands(m)
     with nv.emulate(TARGET, max_ctas=4) as emulation:
         y = nv.linear(x, weight, activation="nvfp4", overlap=overlap)
         expected = nv.mm(nv.quantize(x), weight)
     gemm = next(run for run in emulation.runs if run.kernel.spec.__class__ is nv.GemmSpec)
-    early = {("tma", parameter) for parameter in DESCRIPTORS[side]} if overlap == "weights" else set()
-    assert before_the_wait(gemm.kernel.ptx) == early
+    assert (gemm.kernel.tile.m <= 32) == decode
+    assert before_the_wait(gemm.kernel.ptx) == (WEIGHTS if overlap == "weights" and decode else set())
     assert bool(gemm.launch.attributes.get("programmatic_stream_serialization")) == (overlap != "none")
     assert bits_differing(y, expected) == 0
 
@@ -104,5 +105,6 @@ def test_a_kernel_that_quantizes_reads_tokens_and_their_scale_after_the_wait(ove
     whole = run.kernel.ptx
     waits = [i.span for i in next(iter(ptx.parse(whole).values())).instructions if i.parts[:2] == WAIT]
     missed = [before_the_wait(whole[:start] + whole[end:]) > early for start, end in waits]
-    # the third is the producer's, which touches nothing but weights
-    assert sorted(missed) == [overlap != "weights", True, True]
+    # those of the quantizing and the MMA warps; the producer's only where it touches weights after it alone
+    assert sum(missed) >= 2
+    assert overlap == "weights" or all(missed)
