@@ -72,8 +72,15 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
 
 
 def decode_codes(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Values of uint8 codes 0..15, elementwise; exact in every floating dtype of 16 bits or more."""
-    return torch.tensor(E2M1_VALUES, dtype=dtype, device=codes.device)[codes.int()]
+    """Values of uint8 codes 0..15, elementwise; exact in every floating dtype of 16 bits or more.
+
+    The table is worked out where the codes are: copied there, it could not be captured in a CUDA graph.
+    """
+    every = torch.arange(16, dtype=torch.int32, device=codes.device)
+    exponent, odd = every >> 1 & 3, every & 1
+    halves = (odd + 2 * (exponent > 0)) << (exponent - 1).clamp(min=0)
+    magnitude = halves.to(dtype) / 2
+    return torch.where(every > 7, -magnitude, magnitude)[codes.int()]
 
 
 @dataclass(frozen=True)
