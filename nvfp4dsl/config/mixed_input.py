@@ -26,6 +26,7 @@ from nvfp4dsl.config.spec import (
     SmemField,
     TileConfig,
     extent_reasons,
+    stage_reasons,
     total_bytes,
 )
 from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_ROWS, FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES
@@ -162,16 +163,7 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
         )
     if tile.mainloop == "hmma" and registers == MAX_ACCUMULATORS and tile.k > FRAGMENT_K:
         reasons.append(f"{registers} accumulator registers a thread leave HMMA those for steps of {FRAGMENT_K} k only")
-    wanted = tile.stages if tile.stages is not None else MIN_STAGES
-    if not MIN_STAGES <= wanted <= MAX_STAGES:
-        reasons.append(f"{wanted} stages: allowed are {MIN_STAGES} to {MAX_STAGES}")
-    need = total_bytes(smem_fields(spec, tile, wanted, 1))
-    if need > target.smem_per_block:
-        reasons.append(
-            f"{wanted} stages of {tile.m}x{tile.n}x{tile.k} take {need} bytes of shared memory; "
-            f"a block on {target.name} may use {target.smem_per_block}"
-        )
-    return reasons
+    return reasons + stage_reasons(tile, target, lambda s: total_bytes(smem_fields(spec, tile, s, 1)), MAX_STAGES)
 
 
 def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:

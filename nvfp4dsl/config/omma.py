@@ -29,6 +29,7 @@ from nvfp4dsl.config.spec import (
     SmemField,
     TileConfig,
     extent_reasons,
+    stage_reasons,
     total_bytes,
 )
 from nvfp4dsl.constants import BLOCK
@@ -208,16 +209,7 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
         )
     if spec.quantizes and tile.m > MAX_QUANTIZED_TOKENS:
         reasons.append(f"{tile.m} tokens: a kernel that quantizes them takes at most {MAX_QUANTIZED_TOKENS} a tile")
-    wanted = tile.stages if tile.stages is not None else MIN_STAGES
-    if wanted < MIN_STAGES:
-        reasons.append(f"{wanted} stages: at least {MIN_STAGES}")
-    need = total_bytes(smem_fields(spec, tile, wanted, 1))
-    if need > target.smem_per_block:
-        reasons.append(
-            f"{wanted} stages of {tile.m}x{tile.n}x{tile.k} take {need} bytes of shared memory; "
-            f"a block on {target.name} may use {target.smem_per_block}"
-        )
-    return reasons
+    return reasons + stage_reasons(tile, target, lambda s: total_bytes(smem_fields(spec, tile, s, 1)))
 
 
 def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:

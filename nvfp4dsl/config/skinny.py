@@ -18,6 +18,7 @@ from nvfp4dsl.config.spec import (
     SmemField,
     TileConfig,
     extent_reasons,
+    stage_reasons,
     total_bytes,
 )
 from nvfp4dsl.layouts import (
@@ -149,7 +150,8 @@ class Sums:
         rows: of the tile that one CTA adds up.
         lanes: neighbouring threads that share an output, each with every ``lanes``-th source.
         outputs: of a thread.
-        pitch: floats from a source to the next, such that a warp's reads meet in no bank.
+        pitch: floats from a source to the next: even, as they are stored in pairs, and such that a warp's reads meet
+            in no bank, or in pairs.
     """
 
     def __init__(self, tile: TileConfig) -> None:
@@ -157,7 +159,7 @@ class Sums:
         self.sources, self.rows = warps(tile) * tile.split, tile.n // tile.split
         total = self.rows * round_up(tile.m, MMA_N)
         self.lanes, self.outputs = max(1, threads // total), max(1, total // threads)
-        self.pitch = total + (WARP // self.lanes if self.lanes > 1 else 0)
+        self.pitch = total + (max(2, WARP // self.lanes) if self.lanes > 1 else 0)
 
     @property
     def bytes(self) -> int:
@@ -169,16 +171,7 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     wrong = extent_reasons(tile, TILE_M, TILE_N, TILE_K if tile.m <= 16 else TILE_K[:1], splits(tile.m, target))
     if wrong:
         return wrong
-    stages = tile.stages if tile.stages is not None else MIN_STAGES
-    if not MIN_STAGES <= stages <= MAX_STAGES:
-        return [f"{stages} stages: allowed are {MIN_STAGES} to {MAX_STAGES}"]
-    need = total_bytes(smem_fields(tile, stages))
-    if need <= target.smem_per_block:
-        return []
-    return [
-        f"{stages} stages of {tile.m}x{tile.n}x{tile.k} take {need} bytes of shared memory; "
-        f"a block on {target.name} may use {target.smem_per_block}"
-    ]
+    return stage_reasons(tile, target, lambda stages: total_bytes(smem_fields(tile, stages)), MAX_STAGES)
 
 
 def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from nvfp4dsl.errors import TileError
+from nvfp4dsl.targets import Target
 
 if TYPE_CHECKING:
     from nvfp4dsl.config.quantize import QuantizePlan
@@ -199,4 +201,18 @@ def extent_reasons(
         f"{name.upper() if len(name) == 1 else name}={getattr(tile, name)}: allowed are {', '.join(map(str, allowed))}"
         for name, allowed in offered.items()
         if getattr(tile, name) not in allowed
+    ]
+
+
+def stage_reasons(tile: TileConfig, target: Target, need: Callable[[int], int], most: int | None = None) -> list[str]:
+    """Why the stages that a tile names, or the fewest there may be, cannot be: their number, or what shared memory they
+    ``need``, in bytes by stages."""
+    stages = tile.stages if tile.stages is not None else MIN_STAGES
+    if stages < MIN_STAGES or (most is not None and stages > most):
+        return [f"{stages} stages: allowed are {MIN_STAGES} " + (f"to {most}" if most is not None else "and more")]
+    if need(stages) <= target.smem_per_block:
+        return []
+    return [
+        f"{stages} stages of {tile.m}x{tile.n}x{tile.k} take {need(stages)} bytes of shared memory; "
+        f"a block on {target.name} may use {target.smem_per_block}"
     ]

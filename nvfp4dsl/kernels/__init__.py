@@ -12,19 +12,19 @@ from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, plan
 from nvfp4dsl.config.skinny import reads_x_once
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
-from nvfp4dsl.kernels.flat import ALIGNED_X, FlatRows
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
 from nvfp4dsl.kernels.mixed_input import MixedInputGemm
 from nvfp4dsl.kernels.skinny import SkinnyGemm
 from nvfp4dsl.kernels.stationary import StationaryGemm
+from nvfp4dsl.kernels.w4a16 import ALIGNED_X, W4A16Gemm, row_divisor
 from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, SCALE_ATOM_BYTES, TMA_ROW_BYTES
 from nvfp4dsl.targets import get_target
 
 __all__ = ["Gemm", "build"]
 
 
-def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | FlatRows, tuple]:
+def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | W4A16Gemm, tuple]:
     """The kernel object and the fake arguments that ``cute.compile`` traces it with.
 
     Extents are symbols, so one object serves every M, N, K and batch. Symbols that are shared are checked at each call.
@@ -37,7 +37,7 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | FlatRow
     if spec.activation == "bf16":
         skinny = StationaryGemm if reads_x_once(tile) else SkinnyGemm
         kernel = MixedInputGemm if planned.tile.mainloop else skinny  # only its tiles have a choice of inner loops
-        return FlatRows(kernel(planned), _row_divisor(spec)), _w4a16_arguments(spec)
+        return kernel(planned), _w4a16_arguments(spec)
     mainloop = MAINLOOPS[get_target(target).mainloops[spec.activation][0]]
     return Gemm(planned, mainloop), _fake_arguments(spec, tile)
 
@@ -52,14 +52,9 @@ def _strided(name, *shape):
     return make_fake_tensor(FLOAT_TYPES[name], shape, strides, assumed_align=FLOAT_BYTES[name])
 
 
-def _row_divisor(spec: GemmSpec) -> int:
-    """What divides the length of an output row: 16 bytes where rows are aligned."""
-    return TMA_ROW_BYTES // FLOAT_BYTES[spec.out_dtype] if spec.aligned_rows else 1
-
-
 def _fake_arguments(spec: GemmSpec, tile: TileConfig) -> tuple:
     batch, m, k_bytes = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=TMA_ROW_BYTES)
-    n = cute.sym_int(divisibility=_row_divisor(spec))
+    n = cute.sym_int(divisibility=row_divisor(spec))
 
     def scales():
         return _compact(Uint8, batch, cute.sym_int(), cute.sym_int(), SCALE_ATOM_BYTES)
@@ -79,7 +74,7 @@ def _fake_arguments(spec: GemmSpec, tile: TileConfig) -> tuple:
         _strided(spec.bias, n) if spec.bias else None,
         _compact(Float32, cute.sym_int()) if tile.split > 1 else None,
         _compact(Int32, cute.sym_int(), align=4) if tile.split > 1 else None,
-        _compact(out, batch, m, n, align=_row_divisor(spec) * FLOAT_BYTES[spec.out_dtype]),
+        _compact(out, batch, m, n, align=row_divisor(spec) * FLOAT_BYTES[spec.out_dtype]),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
@@ -87,7 +82,7 @@ def _fake_arguments(spec: GemmSpec, tile: TileConfig) -> tuple:
 
 def _w4a16_arguments(spec: GemmSpec) -> tuple:
     batch, rows, k = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=BLOCK)
-    n = cute.sym_int(divisibility=_row_divisor(spec))
+    n = cute.sym_int(divisibility=row_divisor(spec))
     tiles, steps = cute.sym_int(), cute.sym_int()
     x_strides = (cute.sym_int64(divisibility=ALIGNED_X), 1)
     return (
@@ -96,7 +91,7 @@ def _w4a16_arguments(spec: GemmSpec) -> tuple:
         _compact(Uint8, batch, tiles, steps, FRAGMENT_SCALE_BYTES),
         _strided("fp32", batch, n),
         _strided(spec.bias, n) if spec.bias else None,
-        _compact(FLOAT_TYPES[spec.out_dtype], rows, n, align=_row_divisor(spec) * FLOAT_BYTES[spec.out_dtype]),
+        _compact(FLOAT_TYPES[spec.out_dtype], rows, n, align=row_divisor(spec) * FLOAT_BYTES[spec.out_dtype]),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )

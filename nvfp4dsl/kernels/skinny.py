@@ -27,6 +27,7 @@ from nvfp4dsl.kernels.instructions import (
     shared_address,
     spread_bytes,
 )
+from nvfp4dsl.kernels.w4a16 import W4A16Gemm
 from nvfp4dsl.layouts import (
     FRAGMENT_EXPONENT,
     FRAGMENT_K,
@@ -40,13 +41,11 @@ REDUCTION_BARRIER = 1
 MMAS = FRAGMENT_K // BLOCK  # of a step
 
 
-class SkinnyGemm:
-    """``Y[l] = X[l] @ W[l].T * alpha (+ bias)``, X in bf16, W in NVFP4, fragment order.
-
-    A CTA computes 16 or 32 output columns (rows of W) for all tokens of its tile; its eight warps split K. A warp feeds
-    itself: chunks of 16 rows x 256 k are contiguous in memory, so one lane asks for the next by bulk copies as soon as
-    the warp has read the last, and no two warps wait for each other until their partial sums are added, in a fixed
-    order.
+class SkinnyGemm(W4A16Gemm):
+    """A CTA computes 16 or 32 output columns (rows of W) for all tokens of its tile; its eight warps split K. A warp
+    feeds itself: chunks of 16 rows x 256 k are contiguous in memory, so one lane asks for the next by bulk copies as
+    soon as the warp has read the last, and no two warps wait for each other until their partial sums are added, in a
+    fixed order.
 
     ====================  ==========  ===================================================
     barrier               count       arrivals a phase
@@ -57,26 +56,9 @@ class SkinnyGemm:
 
     Launched with programmatic dependent launch, the weights are requested before ``griddepcontrol.wait`` where they do
     not depend on the kernel before.
-
-    Call arguments: ``x`` (L, M, K) bf16, K contiguous, rows on 16 bytes; ``codes`` (L, N/16, K/64, 512) u8; ``scales``
-    (L, N/16, K/64, 64) u8; ``alpha`` (L, N) fp32; ``bias`` (N) or None; ``y`` (L, M, N); ``max_ctas``.
     """
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-
-    @cute.jit
-    def __call__(
-        self,
-        x: cute.Tensor,
-        codes: cute.Tensor,
-        scales: cute.Tensor,
-        alpha: cute.Tensor,
-        bias: cute.Tensor | None,
-        y: cute.Tensor,
-        max_ctas: Int32,
-        stream,
-    ):
+    def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
         row_tiles = codes.shape[1] // self.plan.blocks[0]
         token_tiles = cute.ceil_div(y.shape[1], self.plan.tile.m)
         self.kernel(x, codes, scales, alpha, bias, y).launch(

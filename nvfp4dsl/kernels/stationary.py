@@ -35,13 +35,12 @@ from nvfp4dsl.kernels.instructions import (
     store_shared_v4,
 )
 from nvfp4dsl.kernels.skinny import MMAS, WeightStream
+from nvfp4dsl.kernels.w4a16 import W4A16Gemm
 from nvfp4dsl.layouts import FRAGMENT_EXPONENT, FRAGMENT_K, FRAGMENT_ROWS
 
 
-class StationaryGemm:
-    """``Y[l] = X[l] @ W[l].T * alpha (+ bias)``, X in bf16, W in NVFP4, fragment order.
-
-    A cluster of ``split`` CTAs computes 16 or 32 output columns (rows of W) for all tokens of its tile, then those
+class StationaryGemm(W4A16Gemm):
+    """A cluster of ``split`` CTAs computes 16 or 32 output columns (rows of W) for all tokens of its tile, then those
     ``stride`` further on, and so forth; its warps, 8 or 16 a CTA, share K: each owns every so-many-th chunk of 256 k.
     Where a warp owns one, it keeps the B fragments of x for it in registers. Of up to 4 tokens, it keeps what it owns
     of x in shared memory. Otherwise it takes x anew for each chunk.
@@ -60,26 +59,9 @@ class StationaryGemm:
 
     Launched with programmatic dependent launch, the weights are requested before ``griddepcontrol.wait`` where they do
     not depend on the kernel before.
-
-    Call arguments: ``x`` (L, M, K) bf16, K contiguous, rows on 16 bytes; ``codes`` (L, N/16, K/64, 512) u8; ``scales``
-    (L, N/16, K/64, 64) u8; ``alpha`` (L, N) fp32; ``bias`` (N) or None; ``y`` (L, M, N); ``max_ctas``.
     """
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-
-    @cute.jit
-    def __call__(
-        self,
-        x: cute.Tensor,
-        codes: cute.Tensor,
-        scales: cute.Tensor,
-        alpha: cute.Tensor,
-        bias: cute.Tensor | None,
-        y: cute.Tensor,
-        max_ctas: Int32,
-        stream,
-    ):
+    def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
         split = self.plan.tile.split
         row_tiles = codes.shape[1] // self.plan.blocks[0]
         token_tiles = cute.ceil_div(y.shape[1], self.plan.tile.m)

@@ -21,13 +21,14 @@ from nvfp4dsl.kernels.mixed_input.ring import Producer, Ring, Stream
 from nvfp4dsl.kernels.mixed_input.sums import PartialSums
 from nvfp4dsl.kernels.schedule import PersistentSchedule, TileCoord
 from nvfp4dsl.kernels.swizzle import tile_layout
+from nvfp4dsl.kernels.w4a16 import W4A16Gemm
 from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_ROWS, FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES
 
 LOOPS: dict[str | None, type[MixedInputMainloop]] = {"wgmma": WgmmaMainloop, "hmma": HmmaMainloop}
 
 
-class MixedInputGemm:
-    """``Y[l] = X[l] @ W[l].T * alpha (+ bias)``, X in bf16, W in NVFP4, fragment order.
+class MixedInputGemm(W4A16Gemm):
+    """Producer warps fill a ring; consumer warps decode weights in registers and multiply.
 
     ====================  =====  =================================================================
     warp                  count  role
@@ -53,26 +54,9 @@ class MixedInputGemm:
 
     With multicast, neighbours along the weight's rows form a cluster; each loads a part of the tokens, for all of them.
     Tokens are then read from L2 half as often, which is what limits tiles of many.
-
-    Call arguments: ``x`` (L, M, K) bf16, K contiguous, rows on 16 bytes; ``codes`` (L, N/16, K/64, 512) u8; ``scales``
-    (L, N/16, K/64, 64) u8; ``alpha`` (L, N) fp32; ``bias`` (N) or None; ``y`` (L, M, N); ``max_ctas``.
     """
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-
-    @cute.jit
-    def __call__(
-        self,
-        x: cute.Tensor,
-        codes: cute.Tensor,
-        scales: cute.Tensor,
-        alpha: cute.Tensor,
-        bias: cute.Tensor | None,
-        y: cute.Tensor,
-        max_ctas: Int32,
-        stream,
-    ):
+    def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
         plan, tile = self.plan, self.plan.tile
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         load_x = cpasync.CopyBulkTensorTileG2SMulticastOp() if tile.multicast > 1 else load
