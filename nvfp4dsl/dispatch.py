@@ -13,13 +13,25 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from nvfp4dsl import emulator, jit, reference
-from nvfp4dsl.config import FLOAT_BYTES, TILES, GemmSpec, TileConfig, legal, mixed_input, omma, skinny
+from nvfp4dsl.config import (
+    FLOAT_BYTES,
+    TILES,
+    GemmSpec,
+    TileConfig,
+    k_limit,
+    legal,
+    mixed_input,
+    omma,
+    resident,
+    skinny,
+    wgmma,
+)
 from nvfp4dsl.config.skinny import CHUNK_K
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
@@ -45,8 +57,8 @@ WORKSPACE, ZEROED = ("partials", "arrivals"), ("arrivals",)
 #: how far a kernel may run ahead of the one before it on its stream: (``GemmSpec.pdl``, ``GemmSpec.early_weights``)
 OVERLAPS = {"weights": (True, True), "launch": (True, False), "none": (False, True)}
 DEFAULT_OVERLAP = "weights"
-#: most tokens for which the skinny kernel is the faster one, by the other kernel's inner loop
-SKINNY_TOKENS = {"wgmma": 8, "hmma": 16}
+#: most tokens for which the skinny kernel is faster than the one with this inner loop
+SKINNY_TOKENS = {"wgmma": 0, "hmma": 16}
 #: dtypes of activations that a W4A4 kernel can quantize itself
 QUANTIZED = (torch.bfloat16, torch.float16)
 
@@ -147,8 +159,7 @@ def first_device_sms(target: str) -> int:
 def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -> TileConfig:
     """The tile for an output of ``m`` x ``n`` over ``k`` on a device of ``sms`` multiprocessors.
 
-    W4A4: the fastest by the model of :func:`nvfp4dsl.config.omma.cycles`. W4A16: :func:`nvfp4dsl.config.skinny.choose`,
-    and for more tokens :func:`nvfp4dsl.config.mixed_input.choose`.
+    W4A4: the fastest by the model of :func:`nvfp4dsl.config.omma.cycles`. W4A16: by :func:`choose_w4a16`.
 
     Raises:
         TargetError: the target has no kernel for the spec.
@@ -160,10 +171,23 @@ def choose_tile(spec: GemmSpec, m: int, n: int, k: int, target: str, sms: int) -
             "The numeric mode is yours to choose: 'nvfp4' runs on sm_120a and sm_121a, 'bf16' everywhere"
         )
     if spec.activation == "bf16":
-        if m > SKINNY_TOKENS[mixed_input.mainloops(get_target(target))[0]]:
-            return mixed_input.choose(spec, m, n, k, get_target(target), sms)
-        return skinny.choose(spec, m, n, k, get_target(target), sms)
+        return choose_w4a16(spec, m, n, k, get_target(target), sms)
     return omma.choose(m, n, k, sms, candidates)
+
+
+def choose_w4a16(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int) -> TileConfig:
+    """Tokens that can be resident are, unless a WGMMA tile is estimated to be faster; the skinny kernel takes the few
+    that cannot be, where there is no WGMMA."""
+    loop = mixed_input.mainloops(target)[0]
+    plan = resident.choose(spec, m, n, k, target, sms)
+    if plan is None:
+        few = m <= SKINNY_TOKENS[loop]
+        return (skinny if few else mixed_input).choose(spec, m, n, k, target, sms)
+    if loop == "wgmma" and plan.tile.m > resident.DIAGONAL_TOKENS:
+        other = wgmma.choose(m, n, k, sms)
+        if wgmma.estimate_us(other, m, n, k, sms) < resident.estimate_us(plan, n, k, sms):
+            return other
+    return replace(plan.tile, stages=None)
 
 
 _kernels: dict[tuple[GemmSpec, TileConfig, str], jit.CompiledKernel] = {}
@@ -529,8 +553,14 @@ def _split_workspace(
 
 
 def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
-    """Launch a kernel on its arguments (all but ``max_ctas``) where they live."""
-    device = arguments[0].device
+    """Launch a kernel on its arguments (all but ``max_ctas``) where they live.
+
+    Raises:
+        TileError: K is longer than the kernel's tile can hold.
+    """
+    device, limit = arguments[0].device, k_limit(kernel.tile) if kernel.spec.activation == "bf16" else None
+    if limit is not None and arguments[0].shape[-1] > limit:
+        raise TileError(f"tile {kernel.tile} holds x up to K = {limit}, and K is {arguments[0].shape[-1]}")
     if device.type == "cuda":
         with torch.cuda.device(device):
             kernel(*arguments, sm_count(device))

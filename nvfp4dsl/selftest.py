@@ -25,7 +25,8 @@ import torch
 from nvfp4dsl import dispatch, jit, ops, quantization, reference
 from nvfp4dsl.autotune import measure
 from nvfp4dsl.autotune.peers import Linear, Weights, select, weight_bytes
-from nvfp4dsl.config import TILES, GemmSpec, TileConfig, family, legal, legal_tiles
+from nvfp4dsl.config import TILES, GemmSpec, TileConfig, family, k_limit, legal, legal_tiles
+from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.dispatch import DEFAULT_OVERLAP, TORCH
 from nvfp4dsl.errors import NVFP4Error
 from nvfp4dsl.formats import CANONICAL, NVFP4Tensor
@@ -175,6 +176,9 @@ def _gemm_cases(target: Target, mode: str, everything: bool) -> Iterator[Case]:
     seen = set()
     for tile in tiles:
         m, n, k = (ROWS, N, K) if op == "mm" else (max(1, tile.m - 3), W4A16_N, W4A16_K)
+        limit = k_limit(tile) if op == "linear" else None
+        if limit is not None and limit < k:
+            k = limit - 15 * BLOCK  # whole in nothing but blocks
         yield Case(op, m, n, k, "fp32", tile)
         two = replace(tile, split=2)
         if tile.split == 1 and two not in tiles and not legal(spec, two, target):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from types import ModuleType
 
-from nvfp4dsl.config import mixed_input, omma, skinny
+from nvfp4dsl.config import mixed_input, omma, resident, skinny
 from nvfp4dsl.config.spec import FLOAT_BYTES, GemmSpec, Plan, SmemField, TileConfig, total_bytes
 from nvfp4dsl.errors import TileError
 from nvfp4dsl.targets import Target, get_target
@@ -26,6 +26,7 @@ __all__ = [
     "SmemField",
     "TileConfig",
     "family",
+    "k_limit",
     "legal",
     "legal_tiles",
     "nearest",
@@ -36,7 +37,11 @@ __all__ = [
 #: families of each numeric mode, with the inner loops that serve them
 FAMILIES: dict[str, tuple[tuple[ModuleType, frozenset[str]], ...]] = {
     "nvfp4": ((omma, frozenset({"omma"})),),
-    "bf16": ((skinny, frozenset({"hmma"})), (mixed_input, frozenset({"wgmma", "hmma"}))),
+    "bf16": (
+        (resident, frozenset({"hmma"})),
+        (skinny, frozenset({"hmma"})),
+        (mixed_input, frozenset({"wgmma", "hmma"})),
+    ),
 }
 #: tiles that dispatch chooses from, by numeric mode; the first is the default.
 TILES = {mode: tuple(tile for module, _ in families for tile in module.TILES) for mode, families in FAMILIES.items()}
@@ -48,6 +53,11 @@ def family(spec: GemmSpec, tile: TileConfig, target: str | Target) -> ModuleType
     loops = target.mainloops.get(spec.activation, ())
     built = [module for module, needs in FAMILIES[spec.activation] if needs.intersection(loops)]
     return next((module for module in built if tile.k in module.TILE_K), built[0] if built else None)
+
+
+def k_limit(tile: TileConfig) -> int | None:
+    """The largest K that a kernel with this tile takes; None where any will do."""
+    return tile.k * tile.split if tile.k in resident.TILE_K else None
 
 
 def legal(spec: GemmSpec, tile: TileConfig, target: str | Target) -> list[str]:

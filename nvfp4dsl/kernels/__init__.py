@@ -4,24 +4,34 @@ Importing this package imports cutlass, which latches the architecture: set ``CU
 process (:mod:`nvfp4dsl.jit` does).
 """
 
+from collections.abc import Callable
+from types import ModuleType
+
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint8
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, TileConfig, plan
-from nvfp4dsl.config.skinny import reads_x_once
+from nvfp4dsl import config
+from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan, TileConfig, family, plan
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.gemm import Gemm
 from nvfp4dsl.kernels.mainloops import MAINLOOPS
 from nvfp4dsl.kernels.mixed_input import MixedInputGemm
+from nvfp4dsl.kernels.resident import ResidentGemm
 from nvfp4dsl.kernels.skinny import SkinnyGemm
-from nvfp4dsl.kernels.stationary import StationaryGemm
 from nvfp4dsl.kernels.w4a16 import ALIGNED_X, W4A16Gemm, row_divisor
 from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, SCALE_ATOM_BYTES, TMA_ROW_BYTES
 from nvfp4dsl.targets import get_target
 
 __all__ = ["Gemm", "build"]
+
+#: by family of tiles
+W4A16_KERNELS: dict[ModuleType | None, Callable[[Plan], W4A16Gemm]] = {
+    config.resident: ResidentGemm,
+    config.skinny: SkinnyGemm,
+    config.mixed_input: MixedInputGemm,
+}
 
 
 def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | W4A16Gemm, tuple]:
@@ -35,8 +45,7 @@ def build(spec: GemmSpec, tile: TileConfig, target: str) -> tuple[Gemm | W4A16Ge
     """
     planned = plan(spec, tile, target)
     if spec.activation == "bf16":
-        skinny = StationaryGemm if reads_x_once(tile) else SkinnyGemm
-        kernel = MixedInputGemm if planned.tile.mainloop else skinny  # only its tiles have a choice of inner loops
+        kernel = W4A16_KERNELS[family(spec, tile, target)]
         return kernel(planned), _w4a16_arguments(spec)
     mainloop = MAINLOOPS[get_target(target).mainloops[spec.activation][0]]
     return Gemm(planned, mainloop), _fake_arguments(spec, tile)

@@ -338,6 +338,16 @@ def async_copy_v4(place: Int32, source: Int64, condition, *, loc=None, ip=None) 
 
 
 @dsl_user_op
+def async_copy_b32(place: Int32, source: Int64, condition, *, loc=None, ip=None) -> None:
+    """Asynchronous copy of a 32-bit word to shared memory where ``condition``; elsewhere, a zero."""
+    text = (
+        "{ .reg .pred p; .reg .b32 n; setp.ne.b32 p, $2, 0; selp.b32 n, 4, 0, p; "
+        "cp.async.ca.shared.global [$0], [$1], 4, n; }"
+    )
+    _asm(None, [place, source, Int32(condition)], text, "r,l,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def async_copies_wait(*, loc=None, ip=None) -> None:
     """Until all :func:`async_copy_v4` of this thread are there."""
     _asm(None, [], "cp.async.wait_all;", "", pure=False, loc=loc, ip=ip)
@@ -350,6 +360,22 @@ def load_shared_f32(address: Int32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
+def load_shared_u16(address: Int32, *, loc=None, ip=None) -> Int32:
+    """Two bytes from shared memory, zero-extended."""
+    return Int32(_asm(T.i32(), [address], "ld.shared.u16 $0, [$1];", "=r,r", pure=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def place_byte_f32(word: Int32, byte: int, shift: int, offset: int, *, loc=None, ip=None) -> Float32:
+    """The fp32 number whose bits are ``(byte 0 or 1 of the word << shift) + offset``."""
+    text = (
+        f"{{ .reg .b32 u; and.b32 u, $1, {0xFF << 8 * byte}; mad.lo.s32 u, u, {1 << shift - 8 * byte}, {offset}; "
+        "mov.b32 $0, u; }"
+    )
+    return Float32(_asm(T.f32(), [word], text, "=f,r", pure=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def cluster_address(address: Int32, rank: Int32, *, loc=None, ip=None) -> Int32:
     """Where a shared-memory address of this CTA lies in the CTA ``rank`` of the cluster."""
     text = "mapa.shared::cluster.u32 $0, $1, $2;"
@@ -357,14 +383,14 @@ def cluster_address(address: Int32, rank: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
-def store_async_f32x2(address: Int32, x: Float32, y: Float32, barrier: Int32, *, loc=None, ip=None) -> None:
-    """Two neighbouring fp32 values to the shared memory of another CTA; counts 8 bytes on ``barrier``, which is there.
+def store_async_f32(address: Int32, x: Float32, barrier: Int32, *, loc=None, ip=None) -> None:
+    """An fp32 value to the shared memory of another CTA; counts 4 bytes on ``barrier``, which is there.
 
     Both are :func:`cluster_address`. Unlike a store and an arrival it needs no fence, which would wait for all that the
     thread has ever stored.
     """
-    text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [$0], {$1,$2}, [$3];"
-    _asm(None, [address, x, y, barrier], text, "r,f,f,r", pure=False, loc=loc, ip=ip)
+    text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2];"
+    _asm(None, [address, x, barrier], text, "r,f,r", pure=False, loc=loc, ip=ip)
 
 
 @dsl_user_op

@@ -81,11 +81,11 @@ def test_compile_and_cache(tmp_path, monkeypatch):
     assert not first["cached"]
     assert ".target sm_121a" in (tmp_path / "k.ptx").read_text()
     assert as_json("compile", "--target", "sm_121a", "--tile", "64x128x128")["cached"]
-    assert as_json("compile", "--target", "sm_90a", "--activation", "bf16")["tile"] == "8x16x2048"
+    assert as_json("compile", "--target", "sm_90a", "--activation", "bf16")["tile"] == "1x16x4096"
     entries = {entry["target"]: entry for entry in as_json("cache", "ls")["entries"]}
     assert {target: entry["tile"] for target, entry in entries.items()} == {
         "sm_121a": "64x128x128",
-        "sm_90a": "8x16x2048",
+        "sm_90a": "1x16x4096",
     }
     assert entries["sm_121a"]["key"] in first["symbol"]
     assert as_json("cache", "info")["entries"] == 2

@@ -37,6 +37,13 @@ def binary(t: Translator, i: Instruction):
     return elementwise(t, i, _BINARY[i.parts[0]], (kind, kind))
 
 
+@instruction(r"(min|max)\.relu\.s32")
+def at_least_zero(t: Translator, i: Instruction):
+    """``min`` or ``max``, and no less than zero."""
+    pick = _BINARY[i.parts[0]]
+    return elementwise(t, i, lambda a, b: np.maximum(pick(a, b), np.int32(0)), ("s32", "s32"))
+
+
 @instruction(rf"(neg|abs)\.{INT}")
 @instruction(rf"(not|cnot)\.({BITS}|pred)")
 def unary(t: Translator, i: Instruction):

@@ -1,11 +1,11 @@
-"""The W4A16 kernel, compiled for each target and executed in the emulator."""
+"""The W4A16 kernels of few tokens, compiled for each target and executed in the emulator."""
 
 import pytest
 import torch
 
 import nvfp4dsl as nv
 from nvfp4dsl import dispatch, emulator
-from nvfp4dsl.config import GemmSpec, TileConfig, plan
+from nvfp4dsl.config import GemmSpec, TileConfig, plan, skinny
 from nvfp4dsl.emulator import mutate
 from nvfp4dsl.formats import NVFP4Tensor, pack_codes
 from nvfp4dsl.testing import assert_close, bits_differing
@@ -16,24 +16,30 @@ CASES = [
     *((target, shape) for target in ("sm_90a", "sm_121a") for shape in SHAPES if target == "sm_121a" or shape[0] <= 8),
     *(("sm_120a", SHAPES[2]), ("sm_100a", SHAPES[2]), ("sm_100a", SHAPES[4])),
 ]
-# K of one chunk and of several a warp, more of x than shared memory keeps, tokens and rows that fill no tile, clusters
-# without work for some warps
-ONCE_CASES = [
-    ("sm_90a", "1x16x2048", (1, 35, 80)),
-    ("sm_90a", "1x32x4096", (3, 70, 4112)),
-    ("sm_121a", "2x32x2048", (2, 70, 2320)),
-    ("sm_90a", "4x32x4096", (3, 70, 14336)),
-    ("sm_120a", "4x16x2048", (3, 70, 2064)),
-    ("sm_90a", "16x16x4096", (13, 40, 4112)),
-    ("sm_100a", "4x16x2048/4", (4, 50, 8192)),
-    ("sm_90a", "8x16x2048/2", (1, 35, 80)),
-    ("sm_90a", "8x32x2048/2", (3, 200, 2304)),
-    ("sm_90a", "8x16x2048/4", (8, 100, 2880)),
-    ("sm_90a", "16x32x2048/2", (9, 70, 4624)),
-    ("sm_90a", "16x16x2048/8", (16, 48, 1040)),
-    ("sm_100a", "8x32x2048/8", (5, 65, 528)),
-    ("sm_100a", "16x16x2048/4", (33, 40, 272)),
+# less work than warps and more, a warp in one row tile and in two, columns that are tokens and blocks of K, chunks of
+# 128 and of 256 k, clusters without work for some CTAs, several jobs
+FORCED = [
+    ("sm_90a", "1x16x4096", (1, 35, 80)),
+    ("sm_90a", "1x16x4096", (2, 200, 1040)),
+    ("sm_121a", "1x16x16384", (1, 70, 8208)),
+    ("sm_90a", "2x16x4096", (3, 70, 2320)),
+    ("sm_90a", "2x16x16384", (2, 40, 4112)),
+    ("sm_120a", "2x16x4096", (2, 300, 528)),
+    ("sm_100a", "2x16x4096/2", (1, 70, 8192)),
+    ("sm_90a", "4x16x4096", (4, 600, 1040)),
+    ("sm_121a", "4x16x4096", (3, 70, 2064)),
+    ("sm_90a", "4x16x8192/2", (3, 100, 2880)),
+    ("sm_90a", "4x16x4096/4", (4, 48, 80)),
+    ("sm_90a", "8x16x4096", (5, 300, 1040)),
+    ("sm_90a", "8x16x8192", (9, 40, 4112)),
+    ("sm_90a", "8x16x4096/2", (8, 100, 2880)),
+    ("sm_100a", "8x16x4096/8", (7, 65, 528)),
+    ("sm_90a", "8x16x2048", (3, 200, 2304)),
+    ("sm_120a", "8x32x2048", (5, 65, 528)),
+    ("sm_90a", "16x32x2048", (9, 70, 4624)),
+    ("sm_121a", "32x16x2048", (33, 40, 272)),
 ]
+KERNELS = ("1x16x4096", "2x16x4096/2", "4x16x4096", "8x16x4096", "8x16x4096/2", "8x16x2048")
 
 
 def _random(*shape, seed=0, dtype=torch.bfloat16):
@@ -59,7 +65,8 @@ def _forced(x, weight, target, tile, bias=None, out_dtype=torch.bfloat16, seed=0
         "bf16", name[out_dtype], None if bias is None else "fp32", aligned_rows=False, whole_chunks=weight.k % 256 == 0
     )
     tile = TileConfig.parse(tile)
-    ctas = clusters * tile.split // plan(spec, tile, target).ctas_per_sm
+    # the skinny kernel takes what an SM has room for
+    ctas = clusters * tile.split // (plan(spec, tile, target).ctas_per_sm if tile.k in skinny.TILE_K else 1)
     with nv.emulate(target, max_ctas=ctas, seed=seed) as emulation:
         kernel = dispatch.kernel_for(spec, tile, target)
         y = torch.full((*x.shape[:-1], weight.n), float("nan"), dtype=out_dtype)
@@ -88,21 +95,30 @@ def test_shapes(target, shape):
     _check(_linear(x, weight, target), x, weight)
 
 
-@pytest.mark.parametrize(("target", "tile", "shape"), ONCE_CASES, ids=str)
-def test_x_read_once(target, tile, shape):
+@pytest.mark.parametrize(("target", "tile", "shape"), FORCED, ids=str)
+def test_tiles(target, tile, shape):
     m, n, k = shape
     x, weight = _random(m, k), nv.quantize(_random(n, k, seed=1))
     y, _ = _forced(x, weight, target, tile)
     _check(y, x, weight)
 
 
-def test_k_shared_by_a_cluster_in_fp32_with_batch_and_bias():
+@pytest.mark.parametrize("tile", KERNELS)
+def test_fp32_with_batch_and_bias_and_the_same_bits_in_any_order(tile):
     x, bias = _random(3, 5, 528), _random(37, seed=2, dtype=torch.float32)
     weight = nv.quantize(_random(3, 37, 528, seed=1), row_ends=(10, 37), per_matrix=True)
-    results = [_forced(x, weight, "sm_90a", "8x16x2048/2", bias, torch.float32, seed)[0] for seed in range(3)]
+    results = [_forced(x, weight, "sm_90a", tile, bias, torch.float32, seed)[0] for seed in range(3)]
     expected = x.double() @ nv.dequantize(weight, torch.float64).mT + bias.double()
     assert_close(results[0], expected, norm=1e-5, element=1e-4)
     assert all(bits_differing(y, results[0]) == 0 for y in results)
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-40, 2.0**40, 2.0**55])
+def test_tokens_far_from_one(scale):
+    """Of up to four tokens, products are taken before scales are applied; none is lost on the way."""
+    x, weight = _random(2, 528) * scale, nv.quantize(_random(37, 528, seed=1))
+    y, _ = _forced(x, weight, "sm_90a", "2x16x4096", None, torch.float32)
+    assert_close(y / scale, x.double() / scale @ nv.dequantize(weight, torch.float64).mT, norm=1e-5, element=1e-4)
 
 
 def test_batch_bias_and_row_ranges():
@@ -118,7 +134,8 @@ def test_any_order_gives_the_same_bits():
     assert all(bits_differing(y, results[0]) == 0 for y in results)
 
 
-def test_one_hot_tokens_return_the_weight_bit_for_bit():
+@pytest.mark.parametrize("tile", [None, *KERNELS])
+def test_one_hot_tokens_return_the_weight_bit_for_bit(tile):
     """Every code, every scale there is (zero and subnormals too), global 1: exact in bf16, whatever the K position."""
     k, n = 272, 136
     generator = torch.Generator().manual_seed(3)
@@ -126,7 +143,10 @@ def test_one_hot_tokens_return_the_weight_bit_for_bit():
     scale = (torch.arange(n * (k // 16)) % 0x7F).to(torch.uint8).view(n, -1)
     weight = NVFP4Tensor(pack_codes(codes), scale.view(torch.float8_e4m3fn), torch.tensor(1.0))
     expected = nv.dequantize(weight)
-    y = _linear(torch.eye(k, dtype=torch.bfloat16), weight, "sm_90a", max_ctas=4)
+    if tile is None:
+        y = _linear(torch.eye(k, dtype=torch.bfloat16), weight, "sm_90a", max_ctas=4)
+    else:
+        y, _ = _forced(torch.eye(k, dtype=torch.bfloat16), weight, "sm_90a", tile, clusters=4)
     assert bits_differing(y.float().mT + 0.0, expected + 0.0) == 0
 
 
@@ -159,35 +179,33 @@ def test_errors():
     assert emulation.runs == []
 
 
-def test_every_deleted_barrier_fence_and_wait_is_noticed():
+def _survivors(target, tile, *shapes, clusters=1):
+    """Instructions of a kernel without which the emulator sees nothing wrong in any of the shapes."""
     launches = []
-    for m, n, k, ctas in ((1, 100, 2304, 1), (2, 40, 6400, 1)):
-        weight = nv.prepare(nv.quantize(_random(n, k, seed=1)), "sm_90a")
-        with nv.emulate("sm_90a", max_ctas=ctas) as emulation:
-            nv.linear(_random(m, k), weight)
-        (run,) = emulation.runs
-        launch = run.launch
-        launch.grid = (2, 1, 1)  # two CTAs for all row tiles: rings and buffers go round
-        launches.append(launch)
+    for m, n, k in shapes:
+        _, run = _forced(_random(m, k), nv.quantize(_random(n, k, seed=1)), target, tile, clusters=clusters)
+        launches.append(run.launch)  # one job at a time: rings and buffers go round
     outcomes = mutate.survey(run.kernel.ptx, launches)
     assert len(outcomes) >= 8
-    # One survives: the warp barrier after lane 0 initialised the warp's mbarriers. PTX wants it, so it stays; a warp
-    # that never diverged cannot tell, and the emulator orders a warp's lanes.
-    survivors = [o.mutant.instruction.split()[0] for o in outcomes if not o.verdict]
-    assert survivors == ["bar.warp.sync"]
+    return [o.mutant.instruction.split()[0] for o in outcomes if not o.verdict]
+
+
+def test_every_deleted_barrier_fence_and_wait_is_noticed():
+    # The warp barrier after lane 0 initialised the warp's mbarriers survives. PTX wants it, so it stays; a warp that
+    # never diverged cannot tell, and the emulator orders a warp's lanes.
+    assert _survivors("sm_90a", "8x16x2048", (1, 100, 2304), (2, 40, 6400), clusters=2) == ["bar.warp.sync"]
+    assert _survivors("sm_90a", "2x16x4096", (1, 100, 2304), (2, 40, 3856)) == ["bar.warp.sync"]
 
 
 def test_every_deleted_barrier_fence_and_wait_is_noticed_in_a_cluster():
-    launches = []
-    for m, n, k in ((3, 100, 1040), (2, 40, 4624)):
-        x, weight = _random(m, k), nv.quantize(_random(n, k, seed=1))
-        _, run = _forced(x, weight, "sm_90a", "8x16x2048/2", clusters=1)
-        launches.append(run.launch)  # one cluster for all row tiles: rings and buffers go round
-    outcomes = mutate.survey(run.kernel.ptx, launches)
-    assert len(outcomes) >= 8
+    survivors = _survivors("sm_90a", "8x16x4096/2", (3, 100, 1040), (2, 40, 4624))
     # What survives: warp barriers, since the emulator orders a warp's lanes, and the first of two fences.
-    survivors = [o.mutant.instruction.split()[0] for o in outcomes if not o.verdict]
     assert [name for name in survivors if name != "bar.warp.sync"] == ["fence.mbarrier_init.release.cluster;"]
+
+
+def test_k_that_a_tile_has_no_room_for_is_an_error():
+    with pytest.raises(nv.TileError, match="up to K = 4096"):
+        _forced(_random(1, 4112), nv.quantize(_random(16, 4112)), "sm_90a", "1x16x4096")
 
 
 def test_the_emulator_runs_it_without_tolerance():
