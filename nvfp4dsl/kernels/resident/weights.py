@@ -77,11 +77,12 @@ class WeightStream:
         codes, scales = self.codes + stage * self.codes_bytes, self.scales + stage * self.scales_bytes
         codes_from = self.codes_from + Int64(step) * FRAGMENT_STEP_BYTES
         scales_from = self.scales_from + Int64(step) * FRAGMENT_SCALE_BYTES
-        if self.lane == 0 and wanted:
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, codes_size + scales_size)
-            address = shared_address(barrier)
-            bulk_load(codes, codes_from, codes_size, address)
-            bulk_load(scales, scales_from, scales_size, address)
+        if wanted:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, codes_size + scales_size)
+                address = shared_address(barrier)
+                bulk_load(codes, codes_from, codes_size, address)
+                bulk_load(scales, scales_from, scales_size, address)
 
     def wait(self, stage: Int32, phase: Int32) -> None:
         cute.arch.mbarrier_wait(self.full + stage, phase)
