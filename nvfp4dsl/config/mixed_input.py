@@ -99,6 +99,11 @@ def row_blocks(tile: TileConfig) -> int:
     return tile.n * token_groups(tile) // (CONSUMERS * BLOCK_ROWS)
 
 
+def accumulator_registers(tile: TileConfig) -> int:
+    """fp32 accumulators that a thread of the consumers holds."""
+    return row_blocks(tile) * group_tokens(tile) // 2
+
+
 def k_groups(tile: TileConfig) -> int:
     """Groups of consumer warps that take turns at a tile's stages. Not where a group needs two stages a turn, one for
     each of its register sets: K need not give both groups as many."""
@@ -156,7 +161,7 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     if row_blocks(tile) == 0:
         reasons.append(f"{tile.m}x{tile.n}: 64 rows take tokens in {2 * LOAD_TOKENS}s, half of them for each warpgroup")
         return reasons
-    registers = row_blocks(tile) * group_tokens(tile) // 2
+    registers = accumulator_registers(tile)
     if registers > MAX_ACCUMULATORS:
         reasons.append(
             f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {MAX_ACCUMULATORS}"

@@ -23,6 +23,7 @@ from nvfp4dsl.kernels.instructions import (
     load_global_if,
     load_shared_v2,
     load_shared_v4,
+    prefetch_global,
     scale_bf16x2,
     shared_address,
     spread_bytes,
@@ -39,6 +40,8 @@ from nvfp4dsl.layouts import (
 
 REDUCTION_BARRIER = 1
 MMAS = FRAGMENT_K // BLOCK  # of a step
+#: rows whose alphas L2 brings at a time: 32 bytes.
+SECTOR_ROWS = 8
 
 
 class SkinnyGemm(W4A16Gemm):
@@ -111,11 +114,14 @@ class SkinnyWarp:
     @cute.jit
     def run(self, first: Int32, stride: Int32):
         plan, tiles, chunks = self.plan, self.weights.row_tiles, self.weights.chunks
+        # Before the weights: behind them it would take as long as they.
+        self.outputs.prefetch_alpha(first)
         ahead = self.weights.start(first, stride)
         accumulators = cute.make_rmem_tensor((4, plan.blocks[1], plan.blocks[0], 1), Float32)
         stage, phase, buffer = Int32(0), Int32(0), Int32(0)
         for tile in cutlass.range(first, tiles, stride, unroll=1):
             accumulators.fill(0.0)
+            self.outputs.prefetch_alpha(tile + stride)
             for chunk in cutlass.range(chunks, unroll=1):
                 x = self.tokens.load(self.weights.first_step(chunk))
                 self.weights.wait(stage, phase)
@@ -130,8 +136,9 @@ class SkinnyWarp:
                     phase ^= 1
             # Two buffers of partial sums: a warp that comes back to one has passed the other's barrier, and so has
             # every warp that still had to read it.
+            alpha = self.outputs.load_alpha(tile)
             self.outputs.write_partials(accumulators, buffer)
-            self.outputs.reduce(tile, buffer)
+            self.outputs.reduce(tile, buffer, alpha)
             buffer ^= 1
 
 
@@ -302,6 +309,7 @@ class Outputs:
     def __init__(self, plan, mAlpha, mBias, mY, partials: cute.Pointer, batch, token_tile, warp: Int32, lane: Int32):
         self.plan, self.mAlpha, self.mBias, self.mY = plan, mAlpha, mBias, mY
         self.batch, self.token_tile, self.warp, self.lane = batch, token_tile, warp, lane
+        self.thread = warp * WARP + lane
         pitch = partial_pitch(plan.tile)
         self.warp_floats = plan.tile.m * pitch
         self.partials = cute.make_tensor(
@@ -321,12 +329,24 @@ class Outputs:
                     self.partials[row, token, self.warp, buffer] = accumulators[e, j, i, 0]
 
     @cute.jit
-    def reduce(self, row_tile: Int32, buffer: Int32):
+    def prefetch_alpha(self, row_tile: Int32):
+        """Into L2. A load in flight while the warp multiplies would be waited for before those of x."""
+        column = row_tile * self.plan.tile.n + self.thread * SECTOR_ROWS
+        if self.thread * SECTOR_ROWS < self.plan.tile.n and column < self.mY.shape[2]:
+            prefetch_global(Int64(cute.domain_offset((self.batch, column), self.mAlpha).iterator.toint()))
+
+    def load_alpha(self, row_tile: Int32) -> Float32:
+        """Of the row that all outputs of this thread are of. Past the last row, the last one's, which is not used."""
+        column = cutlass.min(row_tile * self.plan.tile.n + self.thread % self.plan.tile.n, self.mY.shape[2] - 1)
+        return self.mAlpha[self.batch, column]
+
+    @cute.jit
+    def reduce(self, row_tile: Int32, buffer: Int32, alpha: Float32):
         """Each thread adds the eight partial sums of some outputs and stores them; neighbours write neighbours."""
         self.barrier.arrive_and_wait()
         mY, mBias, partials = self.mY, self.mBias, self.partials
         _, m, n = mY.shape
-        thread, threads = self.warp * WARP + self.lane, MMA_WARPS * WARP
+        thread, threads = self.thread, MMA_WARPS * WARP
         rows, outputs = self.plan.tile.n, self.plan.tile.n * self.plan.tile.m
         for first in cutlass.range_constexpr(0, outputs, threads):
             index = first + thread
@@ -336,8 +356,8 @@ class Outputs:
                 total = partials[row, token, 0, buffer]
                 for w in cutlass.range_constexpr(1, MMA_WARPS):
                     total = total + partials[row, token, w, buffer]
-                alpha = self.mAlpha[self.batch, column] * Float32(2.0**-FRAGMENT_EXPONENT)
-                value = total * alpha
+                factor = alpha * Float32(2.0**-FRAGMENT_EXPONENT)
+                value = total * factor
                 if cutlass.const_expr(self.plan.spec.bias is not None):
-                    value = fma(total, alpha, mBias[column].to(Float32))
+                    value = fma(total, factor, mBias[column].to(Float32))
                 mY[self.batch, y_row, column] = value.to(mY.element_type)

@@ -25,7 +25,11 @@ class Consumer:
         turn, groups = self.mainloop.stages_a_turn(self.plan), k_groups(self.plan.tile)
         accumulators = self.mainloop.make_accumulators()
         begun, count = Int32(0), k_end - k_begin
+        if cutlass.const_expr(not self.plan.spec.early_weights):
+            cute.arch.griddepcontrol_wait()  # the kernel before may have written alpha too
         for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
+            # Now, and not waited for until the tile is multiplied: behind its weights they would take as long as they.
+            alphas = self.outputs.load_alphas(self.schedule.coord(index))
             self.mainloop.clear(accumulators)
             stage, phase = self.ring.slot(begun + self.group)
             before = stage
@@ -44,9 +48,9 @@ class Consumer:
             coord = self.schedule.coord(index)
             self.sums.combine(accumulators)
             if cutlass.const_expr(self.plan.tile.split > 1):
-                self.sums.reduce(accumulators, coord)
+                self.sums.reduce(accumulators, alphas, coord)
             elif self.group == 0:
-                self.outputs.store(accumulators, coord)
+                self.outputs.store(accumulators, alphas, coord)
         if cutlass.const_expr(self.plan.tile.split == 1):  # noqa: SIM102 (one is static, one dynamic)
             if self.group == 0:
                 self.outputs.finish()

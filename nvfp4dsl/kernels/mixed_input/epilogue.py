@@ -3,22 +3,24 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import Plan
 from nvfp4dsl.config.mixed_input import (
     BLOCK_ROWS,
     CONSUMERS,
+    MAX_ACCUMULATORS,
     WARPGROUP,
+    accumulator_registers,
     group_tokens,
     row_blocks,
     store_tokens,
     token_groups,
 )
-from nvfp4dsl.config.spec import MMA_N
+from nvfp4dsl.config.spec import MMA_N, WARP
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
-from nvfp4dsl.kernels.instructions import fma, pack_half2, shared_address, stmatrix, store_shared_f32
+from nvfp4dsl.kernels.instructions import fma, pack_half2, prefetch_global, shared_address, stmatrix, store_shared_f32
 from nvfp4dsl.kernels.mainloops.mixed_input import WarpPlace
 from nvfp4dsl.kernels.schedule import TileCoord
 from nvfp4dsl.kernels.swizzle import CHUNK
@@ -27,6 +29,28 @@ from nvfp4dsl.layouts import FRAGMENT_EXPONENT, FRAGMENT_ROWS
 #: named barrier of the first warpgroup; each has its own for its store buffer.
 STORE_BARRIER = 1
 STORE_ROW_BYTES = 128
+#: rows whose alphas L2 brings at a time: 32 bytes.
+SECTOR_ROWS = 8
+
+
+class FactorPrefetch:
+    """One warp, which brings alpha and bias of all tiles of this CTA into L2. Consumers load alpha when a tile begins,
+    later than the first requests for weights: memory would serve it after those. Bias they load last, as there are no
+    registers to keep it in."""
+
+    def __init__(self, plan: Plan, schedule, mAlpha: cute.Tensor, mBias, mY: cute.Tensor, lane: Int32):
+        self.plan, self.schedule, self.lane = plan, schedule, lane
+        self.mAlpha, self.mBias, self.rows = mAlpha, mBias, mY.shape[1]
+
+    @cute.jit
+    def run(self, first: Int32, stride: Int32):
+        for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
+            coord = self.schedule.coord(index)
+            row = coord.m * self.plan.tile.n + self.lane * SECTOR_ROWS
+            if self.lane * SECTOR_ROWS < self.plan.tile.n and row < self.rows:
+                prefetch_global(Int64(cute.domain_offset((coord.batch, row), self.mAlpha).iterator.toint()))
+                if cutlass.const_expr(self.plan.spec.bias is not None):
+                    prefetch_global(Int64(cute.domain_offset(row, self.mBias).iterator.toint()))
 
 
 class TransposedEpilogue:
@@ -51,12 +75,32 @@ class TransposedEpilogue:
         """Give it the TMA store and its shared-memory buffers (tokens, 128 bytes of columns, buffers)."""
         self.atom, self.mY_tma, self.sY = atom, mY_tma, sY
 
+    def load_alphas(self, coord: TileCoord) -> list[Float32 | None]:
+        """Of the rows that this lane stores, as they are in memory: two of each block, or with a split, four of every
+        128. None where accumulators leave no registers for them: then they are loaded when wanted."""
+        if self.plan.tile.split > 1:
+            rows = [first + self.lane * 4 + e for first in range(0, self.plan.tile.n, 4 * WARP) for e in range(4)]
+        else:
+            rows = [self._row(block, half) for block in range(self.blocks) for half in range(2)]
+        if accumulator_registers(self.plan.tile) == MAX_ACCUMULATORS:
+            return [None for _ in rows]
+        return [self._load_alpha(coord, row) for row in rows]
+
+    def _row(self, block: int, half: int) -> Int32:
+        """Within the tile: row g or g + 8 of this warp's 16 of a block."""
+        return self.place.row + block * BLOCK_ROWS + half * 8 + self.lane // 4
+
+    def _inside(self, coord: TileCoord, row: Int32) -> Int32:
+        """A row of the tile as one of the tensor. Rows outside read the last one's factors: their results are clipped,
+        their loads must not fault."""
+        return cutlass.min(coord.m * self.plan.tile.n + row, self.mY.shape[1] - 1)
+
     @cute.jit
-    def store(self, accumulators, coord: TileCoord):
+    def store(self, accumulators, alphas, coord: TileCoord):
         for block in cutlass.range_constexpr(self.blocks):
             row_groups = CONSUMERS // token_groups(self.plan.tile)
             row_block = (coord.m * row_groups + self.place.row_group) * self.blocks + block
-            scaling = self._scaling(coord, row_block * BLOCK_ROWS + self.warp * FRAGMENT_ROWS + self.lane // 4)
+            scaling = [self._scaling(alphas[2 * block + half], coord, self._row(block, half)) for half in range(2)]
             if cutlass.const_expr(self.plan.spec.aligned_rows):
                 self._store_through_tma(accumulators[block], scaling, coord, row_block, block)
             else:
@@ -69,35 +113,29 @@ class TransposedEpilogue:
             if self.warp == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def _scaling(self, coord: TileCoord, first_row: Int32) -> list:
-        """(alpha, bias or None) of row g and of row g + 8 of this warp's 16. Rows outside the tensor read the last
-        one's: their results are clipped, their loads must not fault."""
-        scaling = []
-        for half in range(2):
-            row = cutlass.min(first_row + half * 8, self.mY.shape[1] - 1)
-            alpha = self.mAlpha[coord.batch, row] * Float32(2.0**-FRAGMENT_EXPONENT)
-            scaling.append((alpha, self.mBias[row].to(Float32) if self.plan.spec.bias else None))
-        return scaling
+    def _load_alpha(self, coord: TileCoord, row: Int32) -> Float32:
+        return self.mAlpha[coord.batch, self._inside(coord, row)]
+
+    def _scaling(self, alpha: Float32 | None, coord: TileCoord, row: Int32) -> tuple:
+        """(factor, bias or None) of a row of the tile."""
+        alpha = self._load_alpha(coord, row) if alpha is None else alpha
+        bias = self.mBias[self._inside(coord, row)].to(Float32) if self.plan.spec.bias else None
+        return alpha * Float32(2.0**-FRAGMENT_EXPONENT), bias
 
     @cute.jit
-    def store_rows(self, sums, coord: TileCoord, token: Int32, row: Int32):
-        """Four neighbouring outputs of a token; ``token`` and ``row`` are within the tile."""
-        mY, first = self.mY, coord.m * self.plan.tile.n + row
-        y_row = coord.n * self.plan.tile.m + token
+    def store_rows(self, sums, alphas, coord: TileCoord, token: Int32, first: cutlass.Constexpr[int]):
+        """A lane's four neighbouring outputs of a token, of the 128 rows from ``first`` on; both within the tile."""
+        mY, y_row = self.mY, coord.n * self.plan.tile.m + token
         for e in cutlass.range_constexpr(4):
-            column = first + e
+            row = first + self.lane * 4 + e
+            column = coord.m * self.plan.tile.n + row
             if y_row < mY.shape[0] and column < mY.shape[1]:
-                alpha = self.mAlpha[coord.batch, column] * Float32(2.0**-FRAGMENT_EXPONENT)
-                value = sums[e] * alpha
-                if cutlass.const_expr(self.plan.spec.bias is not None):
-                    value = fma(sums[e], alpha, self.mBias[column].to(Float32))
+                value = _scaled(sums[e], *self._scaling(alphas[first // WARP + e], coord, row))
                 mY[y_row, column, coord.batch] = value.to(self.dtype)
 
     def _value(self, accumulators: cute.Tensor, scaling: list, block: int, e: int) -> Float32:
         """Element ``e`` of a block of 8 tokens: row g, tokens 2t and 2t+1, then the same of row g + 8."""
-        alpha, bias = scaling[e // 2]
-        acc = accumulators[block * 4 + e]
-        return acc * alpha if bias is None else fma(acc, alpha, bias)
+        return _scaled(accumulators[block * 4 + e], *scaling[e // 2])
 
     @cute.jit
     def _store_predicated(self, accumulators, scaling, coord: TileCoord, row_block: Int32):
@@ -165,3 +203,8 @@ class TransposedEpilogue:
             ]
             words = [pack_half2(*pair, self.dtype) for pair in pairs]
             stmatrix(address + j * (MMA_N * STORE_ROW_BYTES), words, transposed=True)
+
+
+def _scaled(acc: Float32, factor: Float32, bias: Float32 | None) -> Float32:
+    """The output whose products add up to ``acc``."""
+    return acc * factor if bias is None else fma(acc, factor, bias)

@@ -16,8 +16,8 @@ from nvfp4dsl.kernels.mainloops.hmma import HmmaMainloop
 from nvfp4dsl.kernels.mainloops.mixed_input import MixedInputMainloop
 from nvfp4dsl.kernels.mainloops.wgmma import WgmmaMainloop
 from nvfp4dsl.kernels.mixed_input.consumer import Consumer
-from nvfp4dsl.kernels.mixed_input.epilogue import STORE_ROW_BYTES, TransposedEpilogue
-from nvfp4dsl.kernels.mixed_input.ring import Producer, Ring, Stream
+from nvfp4dsl.kernels.mixed_input.epilogue import STORE_ROW_BYTES, FactorPrefetch, TransposedEpilogue
+from nvfp4dsl.kernels.mixed_input.ring import PRODUCERS, Producer, Ring, Stream
 from nvfp4dsl.kernels.mixed_input.sums import PartialSums
 from nvfp4dsl.kernels.schedule import PersistentSchedule, TileCoord
 from nvfp4dsl.kernels.swizzle import tile_layout
@@ -36,7 +36,8 @@ class MixedInputGemm(W4A16Gemm):
     0 .. 7                8      two warpgroups: decode and multiply (:data:`LOOPS`), then store
     8 .. 15               8      the same, where two groups take turns at the k steps (WGMMA, few tokens)
     next                  3      producers: TMA loads of codes, of scales and of tokens, a stream each
-    last                  1      none: it completes the producers' warpgroup, which hands over its registers
+    last                  1      alpha and bias into L2; and it completes the producers' warpgroup, which hands over
+                                 its registers
     ====================  =====  =================================================================
 
     ====================  ======  ================================================================
@@ -133,6 +134,8 @@ class MixedInputGemm(W4A16Gemm):
                 if warp == consumer_warps + i:
                     tokens = i == len(streams) - 1
                     Producer(plan, schedule, ring, streams[i], tokens, part).run(*ranges)
+            if warp == consumer_warps + PRODUCERS:
+                FactorPrefetch(plan, schedule, mAlpha, mBias, mY, lane).run(*ranges[:2])
         else:
             cute.arch.setmaxregister_increase(plan.registers[0])
             schedule, *ranges = self._work(mY, steps, part, share)

@@ -56,7 +56,7 @@ class PartialSums:
                     accumulators[block][i] = accumulators[block][i] + load_shared_f32(address)
 
     @cute.jit
-    def reduce(self, accumulators, coord: TileCoord):
+    def reduce(self, accumulators, alphas, coord: TileCoord):
         """Each CTA of the cluster adds all CTAs' sums for its share of the tokens, and stores them."""
         tile = self.plan.tile
         if self.warp < self.plan.group_warps:
@@ -74,4 +74,4 @@ class PartialSums:
                     for peer in cutlass.range_constexpr(1, tile.split):
                         more = load_cluster_v4(cluster_address(address, peer * tile.multicast + self.part))
                         total = [total[e] + more[e] for e in range(4)]
-                    self.outputs.store_rows(total, coord, token, rows + self.lane * 4)
+                    self.outputs.store_rows(total, alphas, coord, token, rows)
