@@ -54,8 +54,8 @@ class Consumer:
         if cutlass.const_expr(self.plan.tile.split == 1):  # noqa: SIM102 (one is static, one dynamic)
             if self.group == 0:
                 self.outputs.finish()
-        if cutlass.const_expr(self.plan.tile.split * self.plan.tile.multicast > 1):
-            # a peer may still read this CTA's sums, or arrive on its barriers
+        if cutlass.const_expr(self.plan.tile.split == 1 and self.plan.tile.multicast > 1):
+            # a peer may still arrive on this CTA's barriers; with a split, they have before they add up
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 

@@ -3,7 +3,7 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Int32
+from cutlass import Float32, Int32
 
 from nvfp4dsl.config import Plan
 from nvfp4dsl.config.mixed_input import BLOCK_ROWS, group_tokens, k_groups, partial_pitch
@@ -28,6 +28,7 @@ class PartialSums:
         self.warps = k_groups(plan.tile) * plan.group_warps
         self.barrier = pipeline.NamedBarrier(barrier_id=CONSUMER_BARRIER, num_threads=self.warps * WARP)
         self.pitch = partial_pitch(plan.tile) * 4
+        self.tokens = -(-plan.tile.m // plan.tile.split)  # that a CTA adds up
         place = WarpPlace(plan, warp % plan.group_warps)
         token = place.token_group * group_tokens(plan.tile) + lane % 4 * 2
         self.own = partials + (place.row + lane // 4) * 4 + token * self.pitch
@@ -64,14 +65,32 @@ class PartialSums:
                 store_shared_f32(address, accumulators[block][i])
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
-        tokens = -(-tile.m // tile.split)
-        for i in cutlass.range_constexpr(-(-tokens // self.warps)):
-            token = self.share * tokens + i * self.warps + self.warp
-            if i * self.warps + self.warp < tokens and token < tile.m and self.lane * 4 < tile.n:
-                for rows in cutlass.range_constexpr(0, tile.n, 4 * WARP):
+        firsts, turns = range(0, tile.n, 4 * WARP), -(-self.tokens // self.warps)
+        totals = cute.make_rmem_tensor((4, len(firsts), turns), Float32)
+        totals.fill(0.0)
+        for turn in cutlass.range_constexpr(turns):
+            token, mine = self._token(turn)
+            if mine:
+                for f, rows in enumerate(firsts):
                     address = self.partials + token * self.pitch + (rows + self.lane * 4) * 4
                     total = list(load_cluster_v4(cluster_address(address, self.part)))
                     for peer in cutlass.range_constexpr(1, tile.split):
                         more = load_cluster_v4(cluster_address(address, peer * tile.multicast + self.part))
                         total = [total[e] + more[e] for e in range(4)]
-                    self.outputs.store_rows(total, alphas, coord, token, rows)
+                    for e in cutlass.range_constexpr(4):
+                        totals[e, f, turn] = total[e]
+        # No CTA ends while another may still read its sums. To arrive takes as long as all stores before it, so those
+        # to global memory come after.
+        cute.arch.cluster_arrive()
+        for turn in cutlass.range_constexpr(turns):
+            token, mine = self._token(turn)
+            if mine:
+                for f, rows in enumerate(firsts):
+                    self.outputs.store_rows([totals[e, f, turn] for e in range(4)], alphas, coord, token, rows)
+        cute.arch.cluster_wait()
+
+    def _token(self, turn: int) -> tuple:
+        """This warp's token of a turn, and whether there is one, and rows for this lane."""
+        tile, number = self.plan.tile, turn * self.warps + self.warp
+        token = self.share * self.tokens + number
+        return token, cutlass.and_(cutlass.and_(number < self.tokens, token < tile.m), self.lane * 4 < tile.n)
