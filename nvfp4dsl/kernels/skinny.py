@@ -1,8 +1,8 @@
 """The skinny GEMM: few tokens against NVFP4 weights, which are decoded in registers and multiplied by bf16 mma.sync.
 
-At decode every weight is read once, so the weights' bytes are the cost, and the kernel is a stream of them. One source
-serves every target: it uses nothing that sm_90a has and sm_12x has not. For more than a couple of tokens, targets with
-clusters have :mod:`nvfp4dsl.kernels.stationary`, which shares the stream of weights and its decoding with this one.
+At decode every weight is read once, so the weights' bytes are the cost, and the kernel is a stream of them. It takes
+what :mod:`nvfp4dsl.kernels.resident` has no room for: any K, and up to 32 tokens, in little shared memory. One source
+serves every target: it uses nothing that sm_90a has and sm_12x has not.
 """
 
 import cutlass
@@ -28,7 +28,7 @@ from nvfp4dsl.kernels.instructions import (
     shared_address,
     spread_bytes,
 )
-from nvfp4dsl.kernels.w4a16 import W4A16Gemm
+from nvfp4dsl.kernels.w4a16 import SECTOR_ROWS, W4A16Gemm
 from nvfp4dsl.layouts import (
     FRAGMENT_EXPONENT,
     FRAGMENT_K,
@@ -40,8 +40,6 @@ from nvfp4dsl.layouts import (
 
 REDUCTION_BARRIER = 1
 MMAS = FRAGMENT_K // BLOCK  # of a step
-#: rows whose alphas L2 brings at a time: 32 bytes.
-SECTOR_ROWS = 8
 
 
 class SkinnyGemm(W4A16Gemm):
@@ -91,7 +89,7 @@ class SkinnyGemm(W4A16Gemm):
         smem = {f.name: cute.recast_ptr(allocator.allocate(f.bytes, f.align), dtype=Uint8) for f in plan.smem}
 
         first, token_tile, batch = cute.arch.block_idx()
-        weights = WeightStream(plan, mCodes, mScales, smem, batch, warp, Int32(0), lane)
+        weights = WeightStream(plan, mCodes, mScales, smem, batch, warp, lane)
         weights.init_barriers()
         SkinnyWarp(
             plan,
@@ -117,7 +115,7 @@ class SkinnyWarp:
         # Before the weights: behind them it would take as long as they.
         self.outputs.prefetch_alpha(first)
         ahead = self.weights.start(first, stride)
-        accumulators = cute.make_rmem_tensor((4, plan.blocks[1], plan.blocks[0], 1), Float32)
+        accumulators = cute.make_rmem_tensor((4, plan.blocks[1], plan.blocks[0]), Float32)
         stage, phase, buffer = Int32(0), Int32(0), Int32(0)
         for tile in cutlass.range(first, tiles, stride, unroll=1):
             accumulators.fill(0.0)
@@ -143,10 +141,9 @@ class SkinnyWarp:
 
 
 class WeightStream:
-    """One warp's ring of weight chunks, and their decoding. The warps of all ``split`` CTAs take the chunks of K in
-    turn, warp 0 of each CTA first, so that CTAs have equal shares."""
+    """One warp's ring of weight chunks, and their decoding. The warps take the chunks of K in turn."""
 
-    def __init__(self, plan, mCodes, mScales, smem, batch: Int32, warp: Int32, rank: Int32, lane: Int32):
+    def __init__(self, plan, mCodes, mScales, smem, batch: Int32, warp: Int32, lane: Int32):
         self.plan, self.mCodes, self.mScales = plan, mCodes, mScales
         self.batch, self.lane = batch, lane
         self.rows = plan.blocks[0]
@@ -158,10 +155,9 @@ class WeightStream:
         self.codes = shared_address(smem["b"]) + warp * (plan.stages * self.rows * CHUNK_CODES)
         self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * self.rows * CHUNK_SCALES)
         self.steps = mCodes.shape[2]
-        self.warps, self.number = plan.warps[1] * plan.tile.split, warp * plan.tile.split + rank
+        self.warps, self.number = MMA_WARPS, warp
         total = cute.ceil_div(self.steps, CHUNK_STEPS)
         self.chunks = (total - self.number + (self.warps - 1)) // self.warps
-        self.several = total > self.warps
 
     @cute.jit
     def start(self, first: Int32, stride: Int32):
@@ -255,7 +251,7 @@ class WeightStream:
                 for i in cutlass.range_constexpr(self.rows):
                     words = load_shared_v4(codes + (i * CHUNK_CODES + step * FRAGMENT_STEP_BYTES))
                     scales = load_shared_v2(strip + (i * CHUNK_SCALES + step * FRAGMENT_SCALE_BYTES))
-                    _multiply_step(accumulators[None, None, i, None], words, scales, x[None, None, step])
+                    _multiply_step(accumulators[None, None, i], words, scales, x[None, None, step])
 
 
 def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: tuple, x: cute.Tensor) -> None:
@@ -264,10 +260,9 @@ def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: tuple, x: cu
         pair = _scale_pair(scales[i // 2], i % 2 * 2)
         a = [scale_bf16x2(v, pair, register % 2) for register, v in enumerate(decode_e2m1x8(word))]
         for j in range(cute.size(x, mode=[1])):
-            chain = i % cute.size(accumulators, mode=[2])
-            d = hmma([accumulators[e, j, chain] for e in range(4)], a, (x[2 * i, j], x[2 * i + 1, j]))
+            d = hmma([accumulators[e, j] for e in range(4)], a, (x[2 * i, j], x[2 * i + 1, j]))
             for e in range(4):
-                accumulators[e, j, chain] = d[e]
+                accumulators[e, j] = d[e]
 
 
 def _scale_pair(word: Int32, byte: int) -> Int32:
@@ -326,7 +321,7 @@ class Outputs:
                 for e in range(4):
                     row = i * FRAGMENT_ROWS + e // 2 * 8 + self.lane // 4
                     token = j * MMA_N + self.lane % 4 * 2 + e % 2
-                    self.partials[row, token, self.warp, buffer] = accumulators[e, j, i, 0]
+                    self.partials[row, token, self.warp, buffer] = accumulators[e, j, i]
 
     @cute.jit
     def prefetch_alpha(self, row_tile: Int32):

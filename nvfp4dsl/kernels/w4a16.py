@@ -9,6 +9,8 @@ from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan
 from nvfp4dsl.layouts import TMA_ROW_BYTES
 
 ALIGNED_X = TMA_ROW_BYTES // 2  # bf16 elements
+#: rows whose alphas L2 brings at a time: 32 bytes.
+SECTOR_ROWS = 8
 
 
 class W4A16Gemm(ABC):

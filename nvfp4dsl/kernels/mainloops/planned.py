@@ -13,7 +13,7 @@ class PlannedMainloop(Mainloop):
     def __new__(cls, plan: Plan) -> "PlannedMainloop":
         raise TargetError(
             f"{cls.__name__} is not built yet; W4A4 runs on sm_120a and sm_121a (OmmaMainloop), W4A16 on every target "
-            "(nvfp4dsl.kernels.skinny, nvfp4dsl.kernels.mixed_input)"
+            "(nvfp4dsl.kernels.resident, nvfp4dsl.kernels.mixed_input)"
         )
 
 

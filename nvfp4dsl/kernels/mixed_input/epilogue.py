@@ -24,13 +24,12 @@ from nvfp4dsl.kernels.instructions import fma, pack_half2, prefetch_global, shar
 from nvfp4dsl.kernels.mainloops.mixed_input import WarpPlace
 from nvfp4dsl.kernels.schedule import TileCoord
 from nvfp4dsl.kernels.swizzle import CHUNK
+from nvfp4dsl.kernels.w4a16 import SECTOR_ROWS
 from nvfp4dsl.layouts import FRAGMENT_EXPONENT, FRAGMENT_ROWS
 
 #: named barrier of the first warpgroup; each has its own for its store buffer.
 STORE_BARRIER = 1
 STORE_ROW_BYTES = 128
-#: rows whose alphas L2 brings at a time: 32 bytes.
-SECTOR_ROWS = 8
 
 
 class FactorPrefetch:
