@@ -39,6 +39,7 @@ INTEGER = {
     "mul.hi.s32": lambda a, b: (signed(a, 32) * signed(b, 32)) >> 32,
     "min.u32": min,
     "max.s32": lambda a, b: max(signed(a, 32), signed(b, 32)),
+    "min.relu.s32": lambda a, b: max(0, min(signed(a, 32), signed(b, 32))),
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shl.b32": lambda a, b: a << b if b < 32 else 0,
