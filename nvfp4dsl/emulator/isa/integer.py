@@ -99,11 +99,9 @@ def multiply_24(t: Translator, i: Instruction):
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Truncating division; the hardware's all-ones for a zero divisor."""
     safe = np.where(b == 0, np.ones_like(b), b)
-    if a.dtype.kind == "u":
-        quotient = a // safe
-    else:
-        quotient = np.where((a < 0) ^ (safe < 0), -(-a // safe), a // safe).astype(a.dtype)
-    return np.where(b == 0, np.array(-1).astype(a.dtype), quotient)
+    # numpy rounds down; to negate first would fail for the least integer, which has no opposite
+    quotient = a // safe + ((a % safe != 0) & ((a < 0) ^ (safe < 0)))
+    return np.where(b == 0, np.array(-1).astype(a.dtype), quotient.astype(a.dtype))
 
 
 @instruction(rf"div\.{INT}")

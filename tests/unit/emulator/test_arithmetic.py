@@ -58,6 +58,12 @@ def test_integer_binary(opcode):
     np.testing.assert_array_equal(evaluate(f"{opcode} {{d}}, {{a}}, {{b}};", a, b), np.array(expected, np.uint32))
 
 
+def test_signed_division_of_the_least_integer():
+    a, b = np.full(32, 2**31, np.uint32), np.arange(1, 33, dtype=np.uint32) * np.uint32(2**26 - 1)
+    expected = np.array([-(2**31 // int(divisor)) % 2**32 for divisor in b], np.uint32)
+    np.testing.assert_array_equal(evaluate("div.s32 {d}, {a}, {b};", a, b), expected)
+
+
 def test_wide_and_64_bit():
     a, b = words(), RNG.permutation(words())
     expected = a.astype(np.uint64) * b
