@@ -558,7 +558,7 @@ def run(kernel: jit.CompiledKernel, arguments: tuple[Any, ...]) -> None:
     Raises:
         TileError: K is longer than the kernel's tile can hold.
     """
-    device, limit = arguments[0].device, k_limit(kernel.tile) if kernel.spec.activation == "bf16" else None
+    device, limit = arguments[0].device, k_limit(kernel.tile)
     if limit is not None and arguments[0].shape[-1] > limit:
         raise TileError(f"tile {kernel.tile} holds x up to K = {limit}, and K is {arguments[0].shape[-1]}")
     if device.type == "cuda":

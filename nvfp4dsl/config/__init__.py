@@ -57,7 +57,7 @@ def family(spec: GemmSpec, tile: TileConfig, target: str | Target) -> ModuleType
 
 def k_limit(tile: TileConfig) -> int | None:
     """The largest K that a kernel with this tile takes; None where any will do."""
-    return tile.k * tile.split if tile.k in resident.TILE_K else None
+    return resident.k_limit(tile) if tile.k in resident.TILE_K else None
 
 
 def legal(spec: GemmSpec, tile: TileConfig, target: str | Target) -> list[str]:

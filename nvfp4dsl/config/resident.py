@@ -16,6 +16,7 @@ from nvfp4dsl.config.spec import (
     SmemField,
     TileConfig,
     extent_reasons,
+    room,
     stage_reasons,
     total_bytes,
 )
@@ -44,8 +45,6 @@ X_EXPONENT = 64
 CHUNK_STEPS = (4, 2)
 STEP_BYTES = FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES
 MAX_STAGES = 4
-#: shared memory that the driver keeps of each CTA.
-RESERVED_SMEM = 1024
 #: tokens x 16 weight rows x the most K that a CTA keeps of x.
 TILE_M, TILE_N, TILE_K, SPLITS = (1, 2, 4, 8), (FRAGMENT_ROWS,), (4096, 8192, 16384, 32768), (1, 2, 4, 8)
 #: those that :func:`choose` takes. An H200 has no room for as many larger clusters at a time as would fill it.
@@ -66,17 +65,14 @@ def choose(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int) -> 
     estimated time; of each split, the least tile that holds the tokens and a CTA's share of K. None where none does."""
     fitting: dict[int, Plan] = {}
     for tile in TILES:
-        if tile.m >= m and tile.split not in fitting and not reasons(spec, tile, target):
-            planned = plan(spec, tile, target)
-            if most_k(planned, k) <= tile.k:
-                fitting[tile.split] = planned
+        if tile.m >= m and k <= k_limit(tile) and tile.split not in fitting and not reasons(spec, tile, target):
+            fitting[tile.split] = plan(spec, tile, target)
     return min(fitting.values(), key=lambda planned: estimate_us(planned, n, k, sms), default=None)
 
 
-def most_k(plan: Plan, k: int) -> int:
-    """The largest share of K that a CTA of a cluster has: whole chunks."""
-    chunk = chunk_steps(plan) * FRAGMENT_K
-    return ceil_div(ceil_div(k, chunk), plan.tile.split) * chunk
+def k_limit(tile: TileConfig) -> int:
+    """The largest K that the CTAs of a cluster have room for: their shares are whole chunks, as the tile's K is."""
+    return tile.k * tile.split
 
 
 def estimate_us(plan: Plan, n: int, k: int, sms: int) -> float:
@@ -84,7 +80,7 @@ def estimate_us(plan: Plan, n: int, k: int, sms: int) -> float:
     steps, or of reading the weights. It ranks what was measured."""
     tile, row_tiles = plan.tile, ceil_div(n, FRAGMENT_ROWS)
     places = max(1, sms // tile.split)
-    chunks = ceil_div(row_tiles, places) * (most_k(plan, k) // (chunk_steps(plan) * FRAGMENT_K))
+    chunks = ceil_div(row_tiles, places) * ceil_div(ceil_div(k, chunk_steps(plan) * FRAGMENT_K), tile.split)
     steps = ceil_div(chunks, WARPS) * chunk_steps(plan) * (UNEVEN if row_tiles < places else 1.0)
     extra = (CLUSTER_US if tile.split > 1 else 0.0) + (ALONE_US if plan.ctas_per_sm == 1 else 0.0)
     read = row_tiles * ceil_div(k, FRAGMENT_K) * STEP_BYTES / MEMORY_BYTES_PER_US
@@ -149,7 +145,7 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
     stages = (tile.stages,) if tile.stages else range(MAX_STAGES, MIN_STAGES - 1, -1)
     for ctas, steps, count in itertools.product((2, 1), CHUNK_STEPS, stages):
         fields = smem_fields(tile, steps, count)
-        if total_bytes(fields) <= (target.smem_per_block + RESERVED_SMEM) // ctas - RESERVED_SMEM:
+        if total_bytes(fields) <= room(target, ctas):
             return Plan(
                 spec=spec,
                 tile=replace(tile, stages=count),

@@ -18,6 +18,7 @@ from nvfp4dsl.config.spec import (
     SmemField,
     TileConfig,
     extent_reasons,
+    room,
     stage_reasons,
     total_bytes,
 )
@@ -40,9 +41,8 @@ CHUNK_K, CHUNK_CODES, CHUNK_SCALES = (
 SUMS_BUFFERS = 2
 #: a skinny tile (W4A16): tokens x 16 or 32 weight rows; a stage holds, for each of 8 warps, four steps of 64 k.
 TILE_M, TILE_N, TILE_K = (8, 16, 32), (FRAGMENT_ROWS, 2 * FRAGMENT_ROWS), (MMA_WARPS * CHUNK_K,)
-#: most CTAs that share an SM, by tokens: fragments of more tokens take more registers; and the shared memory the driver
-#: keeps of each CTA.
-MAX_CTAS, RESERVED_SMEM = {8: 2, 16: 2, 32: 1}, 1024
+#: most CTAs that share an SM, by tokens: fragments of more tokens take more registers.
+MAX_CTAS = {8: 2, 16: 2, 32: 1}
 #: what dispatch chooses from; the first is the default.
 TILES = tuple(TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N, TILE_K))
 
@@ -91,7 +91,7 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
     wanted = (tile.stages,) if tile.stages else (4, 3, 2)
     for ctas, stages in itertools.product(range(MAX_CTAS[tile.m], 0, -1), wanted):
         fields = smem_fields(tile, stages)
-        if total_bytes(fields) <= (target.smem_per_block + RESERVED_SMEM) // ctas - RESERVED_SMEM:
+        if total_bytes(fields) <= room(target, ctas):
             return Plan(
                 spec=spec,
                 tile=replace(tile, stages=stages),

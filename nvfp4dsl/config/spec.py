@@ -22,6 +22,8 @@ MMA_M, MMA_N, MMA_K = 16, 8, 64
 MIN_STAGES = 2
 MAX_STAGES = 8
 MBARRIER_BYTES = 8
+#: shared memory that the driver keeps of each CTA.
+RESERVED_SMEM = 1024
 #: TMA's 128-byte swizzle repeats every 1024 bytes, so swizzled buffers start there.
 TMA_ALIGN, SCALE_ALIGN = 1024, 128
 
@@ -202,6 +204,11 @@ def extent_reasons(
         for name, allowed in offered.items()
         if getattr(tile, name) not in allowed
     ]
+
+
+def room(target: Target, ctas: int) -> int:
+    """Bytes of shared memory that each of ``ctas`` on an SM may use."""
+    return (target.smem_per_block + RESERVED_SMEM) // ctas - RESERVED_SMEM
 
 
 def stage_reasons(tile: TileConfig, target: Target, need: Callable[[int], int], most: int | None = None) -> list[str]:

@@ -327,17 +327,6 @@ def store_shared_v4(address: Int32, words: Sequence[Int32], *, loc=None, ip=None
 
 
 @dsl_user_op
-def async_copy_v4(place: Int32, source: Int64, condition, *, loc=None, ip=None) -> None:
-    """16 bytes from global to shared memory, both on 16, by the time of :func:`async_copies_wait`; zeros unless
-    ``condition``, and nothing is read."""
-    text = (
-        "{ .reg .pred p; .reg .b32 n; setp.ne.s32 p, $2, 0; selp.b32 n, 16, 0, p; "
-        "cp.async.cg.shared.global [$0], [$1], 16, n; }"
-    )
-    _asm(None, [place, source, Int32(condition)], text, "r,l,r", pure=False, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def async_copy_b32(place: Int32, source: Int64, condition, *, loc=None, ip=None) -> None:
     """Asynchronous copy of a 32-bit word to shared memory where ``condition``; elsewhere, a zero."""
     text = (
@@ -349,7 +338,7 @@ def async_copy_b32(place: Int32, source: Int64, condition, *, loc=None, ip=None)
 
 @dsl_user_op
 def async_copies_wait(*, loc=None, ip=None) -> None:
-    """Until all :func:`async_copy_v4` of this thread are there."""
+    """Until all :func:`async_copy_b32` of this thread are there."""
     _asm(None, [], "cp.async.wait_all;", "", pure=False, loc=loc, ip=ip)
 
 

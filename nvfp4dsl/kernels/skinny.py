@@ -8,15 +8,13 @@ serves every target: it uses nothing that sm_90a has and sm_12x has not.
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32, Int64, Uint8
+from cutlass import Float32, Int32, Int64
 
 from nvfp4dsl.config.skinny import CHUNK_CODES, CHUNK_SCALES, CHUNK_STEPS, partial_pitch
 from nvfp4dsl.config.spec import MMA_N, MMA_WARPS, WARP, Plan
 from nvfp4dsl.constants import BLOCK
-from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.instructions import (
     bulk_load,
-    decode_e2m1x8,
     fma,
     hmma,
     load_global,
@@ -24,17 +22,14 @@ from nvfp4dsl.kernels.instructions import (
     load_shared_v2,
     load_shared_v4,
     prefetch_global,
-    scale_bf16x2,
     shared_address,
-    spread_bytes,
 )
-from nvfp4dsl.kernels.w4a16 import SECTOR_ROWS, W4A16Gemm
+from nvfp4dsl.kernels.w4a16 import SECTOR_ROWS, StreamGemm, WarpRing, weight_fragment
 from nvfp4dsl.layouts import (
     FRAGMENT_EXPONENT,
     FRAGMENT_K,
     FRAGMENT_ROWS,
     FRAGMENT_SCALE_BYTES,
-    FRAGMENT_SCALE_OFFSET,
     FRAGMENT_STEP_BYTES,
 )
 
@@ -42,7 +37,7 @@ REDUCTION_BARRIER = 1
 MMAS = FRAGMENT_K // BLOCK  # of a step
 
 
-class SkinnyGemm(W4A16Gemm):
+class SkinnyGemm(StreamGemm):
     """A CTA computes 16 or 32 output columns (rows of W) for all tokens of its tile; its eight warps split K. A warp
     feeds itself: chunks of 16 rows x 256 k are contiguous in memory, so one lane asks for the next by bulk copies as
     soon as the warp has read the last, and no two warps wait for each other until their partial sums are added, in a
@@ -59,36 +54,11 @@ class SkinnyGemm(W4A16Gemm):
     not depend on the kernel before.
     """
 
-    def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
-        row_tiles = codes.shape[1] // self.plan.blocks[0]
-        token_tiles = cute.ceil_div(y.shape[1], self.plan.tile.m)
-        self.kernel(x, codes, scales, alpha, bias, y).launch(
-            grid=[cutlass.min(row_tiles, max_ctas * self.plan.ctas_per_sm), token_tiles, y.shape[0]],
-            block=[self.plan.threads, 1, 1],
-            stream=stream,
-            min_blocks_per_mp=self.plan.ctas_per_sm,
-            preferred_smem_carveout=100,  # percent: left out, the compiler would ask a driver
-            use_pdl=self.plan.spec.pdl,
-        )
+    def jobs(self, row_tiles: Int32, max_ctas: Int32) -> Int32:
+        return cutlass.min(row_tiles, max_ctas * self.plan.ctas_per_sm)
 
-    @cute.kernel
-    def kernel(
-        self,
-        mX: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mAlpha: cute.Tensor,
-        mBias: cute.Tensor | None,
-        mY: cute.Tensor,
-    ):
-        cute.arch.griddepcontrol_launch_dependents()
-        plan = self.plan
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        lane = cute.arch.lane_idx()
-        allocator = SmemAllocator()
-        smem = {f.name: cute.recast_ptr(allocator.allocate(f.bytes, f.align), dtype=Uint8) for f in plan.smem}
-
-        first, token_tile, batch = cute.arch.block_idx()
+    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, smem: dict, warp: Int32, lane: Int32) -> None:
+        plan, (first, token_tile, batch) = self.plan, cute.arch.block_idx()
         weights = WeightStream(plan, mCodes, mScales, smem, batch, warp, lane)
         weights.init_barriers()
         SkinnyWarp(
@@ -140,18 +110,17 @@ class SkinnyWarp:
             buffer ^= 1
 
 
-class WeightStream:
+class WeightStream(WarpRing):
     """One warp's ring of weight chunks, and their decoding. The warps take the chunks of K in turn."""
 
     def __init__(self, plan, mCodes, mScales, smem, batch: Int32, warp: Int32, lane: Int32):
-        self.plan, self.mCodes, self.mScales = plan, mCodes, mScales
-        self.batch, self.lane = batch, lane
+        super().__init__(plan, smem["barriers"], warp, lane)
+        self.mCodes, self.mScales, self.batch = mCodes, mScales, batch
         self.rows = plan.blocks[0]
         self.row_tiles = mCodes.shape[1] // self.rows
         # from a row tile of 16 to the next
         self.codes_stride = Int64(mCodes.shape[2]) * FRAGMENT_STEP_BYTES
         self.scales_stride = Int64(mScales.shape[2]) * FRAGMENT_SCALE_BYTES
-        self.full = cute.recast_ptr(smem["barriers"], dtype=Int64) + warp * plan.stages
         self.codes = shared_address(smem["b"]) + warp * (plan.stages * self.rows * CHUNK_CODES)
         self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * self.rows * CHUNK_SCALES)
         self.steps = mCodes.shape[2]
@@ -182,14 +151,6 @@ class WeightStream:
     def first_step(self, chunk: Int32) -> Int32:
         """The k step (of 64) with which a chunk of this warp begins."""
         return (chunk * self.warps + self.number) * CHUNK_STEPS
-
-    @cute.jit
-    def init_barriers(self):
-        if self.lane == 0:
-            for stage in cutlass.range_constexpr(self.plan.stages):
-                cute.arch.mbarrier_init(self.full + stage, 1)
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_warp()
 
     def addresses(self, row_tile: Int32) -> tuple[Int64, Int64]:
         """Where this warp's first chunk of a row tile begins: codes, scales."""
@@ -235,9 +196,6 @@ class WeightStream:
                 bulk_load(codes_slot + i * CHUNK_CODES, codes + codes_stride * i, codes_size, address)
                 bulk_load(scales_slot + i * CHUNK_SCALES, scales + scales_stride * i, scales_size, address)
 
-    def wait(self, stage: Int32, phase: Int32) -> None:
-        cute.arch.mbarrier_wait(self.full + stage, phase)
-
     @cute.jit
     def multiply(self, accumulators: cute.Tensor, x: cute.Tensor, chunk: Int32, stage: Int32):
         """Accumulate a chunk's steps; the last chunk of a row of W may have fewer than four."""
@@ -256,18 +214,12 @@ class WeightStream:
 
 def _multiply_step(accumulators: cute.Tensor, words: tuple, scales: tuple, x: cute.Tensor) -> None:
     """16 rows x 64 k: decode, scale, four MMAs a token block."""
-    for i, word in enumerate(words):
-        pair = _scale_pair(scales[i // 2], i % 2 * 2)
-        a = [scale_bf16x2(v, pair, register % 2) for register, v in enumerate(decode_e2m1x8(word))]
+    for i in range(MMAS):
+        a = weight_fragment(words, scales, i)
         for j in range(cute.size(x, mode=[1])):
             d = hmma([accumulators[e, j] for e in range(4)], a, (x[2 * i, j], x[2 * i + 1, j]))
             for e in range(4):
                 accumulators[e, j] = d[e]
-
-
-def _scale_pair(word: Int32, byte: int) -> Int32:
-    """Two re-encoded scales, of rows g and g + 8, as bf16 times 2^107: one multiply-add (:mod:`nvfp4dsl.layouts`)."""
-    return spread_bytes(word, byte) * 16 + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
 
 
 class TokenFragments:

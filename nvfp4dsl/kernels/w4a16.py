@@ -1,12 +1,15 @@
-"""What W4A16 kernels have in common: how they are called."""
+"""What W4A16 kernels have in common: how they are called, how weights are decoded, and what feeds a warp."""
 
 from abc import ABC, abstractmethod
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, Uint8
 
 from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan
-from nvfp4dsl.layouts import TMA_ROW_BYTES
+from nvfp4dsl.kernels.compat import SmemAllocator
+from nvfp4dsl.kernels.instructions import decode_e2m1x8, scale_bf16x2, spread_bytes
+from nvfp4dsl.layouts import FRAGMENT_SCALE_OFFSET, TMA_ROW_BYTES
 
 ALIGNED_X = TMA_ROW_BYTES // 2  # bf16 elements
 #: rows whose alphas L2 brings at a time: 32 bytes.
@@ -44,6 +47,75 @@ class W4A16Gemm(ABC):
     @abstractmethod
     def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
         """Launch the kernel, traced; ``x`` is (L, M, K) and ``y`` (L, M, N) here."""
+
+
+class StreamGemm(W4A16Gemm):
+    """One whose warps feed themselves: no producer, and all of shared memory laid out by the plan."""
+
+    def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
+        plan, split = self.plan, self.plan.tile.split
+        jobs = self.jobs(codes.shape[1] // plan.blocks[0], max_ctas)
+        self.kernel(x, codes, scales, alpha, bias, y).launch(
+            grid=[jobs * split, cute.ceil_div(y.shape[1], plan.tile.m), y.shape[0]],
+            block=[plan.threads, 1, 1],
+            cluster=[split, 1, 1] if split > 1 else None,
+            stream=stream,
+            min_blocks_per_mp=plan.ctas_per_sm,
+            preferred_smem_carveout=100,  # percent: left out, the compiler would ask a driver
+            use_pdl=plan.spec.pdl,
+        )
+
+    @abstractmethod
+    def jobs(self, row_tiles: Int32, max_ctas: Int32) -> Int32:
+        """CTAs, or clusters of them, that share these tiles of rows."""
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor,
+        mCodes: cute.Tensor,
+        mScales: cute.Tensor,
+        mAlpha: cute.Tensor,
+        mBias: cute.Tensor | None,
+        mY: cute.Tensor,
+    ):
+        cute.arch.griddepcontrol_launch_dependents()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        lane = cute.arch.lane_idx()
+        allocator = SmemAllocator()
+        smem = {f.name: cute.recast_ptr(allocator.allocate(f.bytes, f.align), dtype=Uint8) for f in self.plan.smem}
+        self.work(mX, mCodes, mScales, mAlpha, mBias, mY, smem, warp, lane)
+
+    @abstractmethod
+    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, smem: dict, warp: Int32, lane: Int32) -> None:
+        """What each warp does, traced; ``smem`` has the plan's fields by name."""
+
+
+class WarpRing:
+    """The full barriers of one warp's ring. It needs no empty ones: only the warp itself reads what it asked for."""
+
+    def __init__(self, plan: Plan, barriers: cute.Pointer, warp: Int32, lane: Int32):
+        self.plan, self.lane = plan, lane
+        self.full = cute.recast_ptr(barriers, dtype=Int64) + warp * plan.stages
+
+    @cute.jit
+    def init_barriers(self):
+        if self.lane == 0:
+            for stage in cutlass.range_constexpr(self.plan.stages):
+                cute.arch.mbarrier_init(self.full + stage, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_warp()
+
+    def wait(self, stage: Int32, phase: Int32) -> None:
+        cute.arch.mbarrier_wait(self.full + stage, phase)
+
+
+def weight_fragment(words: tuple, pairs: tuple, i: int) -> list[Int32]:
+    """The four registers of A of a step's ``i``-th MMA, scaled: of a lane's words of codes, and its two words of
+    re-encoded scales, which hold those of rows g and g + 8 of each block."""
+    # as bf16 times 2^107: one multiply-add (nvfp4dsl.layouts)
+    pair = spread_bytes(pairs[i // 2], i % 2 * 2) * 16 + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
+    return [scale_bf16x2(value, pair, register % 2) for register, value in enumerate(decode_e2m1x8(words[i]))]
 
 
 def row_divisor(spec: GemmSpec) -> int:

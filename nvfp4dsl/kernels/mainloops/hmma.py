@@ -22,6 +22,7 @@ from nvfp4dsl.config.spec import MMA_N
 from nvfp4dsl.kernels.instructions import hmma, ldmatrix_x4, multiply_add, shared_address
 from nvfp4dsl.kernels.mainloops.mixed_input import MMAS, MixedInputMainloop, WarpPlace, WeightFragments
 from nvfp4dsl.kernels.swizzle import CHUNK
+from nvfp4dsl.kernels.w4a16 import weight_fragment
 from nvfp4dsl.layouts import FRAGMENT_K
 
 #: bytes of a token's 64 k: one span of the 128-byte swizzle.
@@ -89,13 +90,12 @@ class HmmaMainloop(MixedInputMainloop):
 
     def _load(self, stage: Int32, codes: Int32, scales: Int32, step: int, j: int, loaded: dict) -> list[Int32]:
         """The words of one k16: weights of each row block, then tokens 8 by 8. ``loaded``: by step, what is here."""
-        blocks = range(self.row_blocks)
         if step not in loaded:
-            loaded[step] = [self.fragments.load(codes, scales, step, block) for block in blocks]
+            loaded[step] = [self.fragments.load(codes, scales, step, block) for block in range(self.row_blocks)]
         size = self.plan.tile.m * ROW_BYTES
         first = multiply_add(stage, self.steps * size, self.addresses[j] + step * size)
         tokens = [word for i in range(0, self.tokens, LOAD_TOKENS) for word in ldmatrix_x4(first + i * ROW_BYTES)]
-        return [word for block in blocks for word in self.fragments.decode(loaded[step][block], j)] + tokens
+        return [word for words, pairs in loaded[step] for word in weight_fragment(words, pairs, j)] + tokens
 
     def _multiply(self, accumulators: list, words: list) -> None:
         weights, tokens = words[: 4 * self.row_blocks], words[4 * self.row_blocks :]

@@ -15,12 +15,11 @@ from cutlass import Int32
 from nvfp4dsl.config import Plan
 from nvfp4dsl.config.mixed_input import BLOCK_ROWS, row_blocks, token_groups
 from nvfp4dsl.constants import BLOCK
-from nvfp4dsl.kernels.instructions import decode_e2m1x8, load_shared_v2, load_shared_v4, scale_bf16x2, spread_bytes
+from nvfp4dsl.kernels.instructions import load_shared_v2, load_shared_v4
 from nvfp4dsl.layouts import (
     FRAGMENT_K,
     FRAGMENT_ROWS,
     FRAGMENT_SCALE_BYTES,
-    FRAGMENT_SCALE_OFFSET,
     FRAGMENT_STEP_BYTES,
 )
 
@@ -52,7 +51,7 @@ class WeightFragments:
         self.codes_offset = tile * (self.steps * FRAGMENT_STEP_BYTES) + lane * 16
         self.scales_offset = tile * (self.steps * FRAGMENT_SCALE_BYTES) + lane // 4 * 8
 
-    def load(self, codes: Int32, scales: Int32, step: int, block: int) -> tuple:
+    def load(self, codes: Int32, scales: Int32, step: int, block: int) -> tuple[tuple, tuple]:
         """Four words of codes, and two of scales, of a step of 64 k of this warp's row ``block``; where the stage's
         codes and scales begin."""
         tile = block * (BLOCK_ROWS // FRAGMENT_ROWS) * self.steps + step
@@ -60,18 +59,6 @@ class WeightFragments:
             load_shared_v4(codes + self.codes_offset + tile * FRAGMENT_STEP_BYTES),
             load_shared_v2(scales + self.scales_offset + tile * FRAGMENT_SCALE_BYTES),
         )
-
-    @staticmethod
-    def decode(loaded: tuple, j: int) -> list[Int32]:
-        """The four registers of A of the step's ``j``-th MMA."""
-        words, pairs = loaded
-        pair = _scale_pair(pairs[j // 2], j % 2 * 2)
-        return [scale_bf16x2(value, pair, i % 2) for i, value in enumerate(decode_e2m1x8(words[j]))]
-
-
-def _scale_pair(word: Int32, byte: int) -> Int32:
-    """Two re-encoded scales, of rows g and g + 8, as bf16 times 2^107: one multiply-add (:mod:`nvfp4dsl.layouts`)."""
-    return spread_bytes(word, byte) * 16 + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
 
 
 class MixedInputMainloop(ABC):

@@ -16,6 +16,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from nvfp4dsl.config import Plan
 from nvfp4dsl.config.mixed_input import BLOCK_ROWS, WARPGROUP, row_blocks
 from nvfp4dsl.kernels.mainloops.mixed_input import MMAS, MixedInputMainloop, WeightFragments
+from nvfp4dsl.kernels.w4a16 import weight_fragment
 from nvfp4dsl.layouts import FRAGMENT_K
 
 
@@ -68,7 +69,7 @@ class WgmmaMainloop(MixedInputMainloop):
             weights = self.weights[(first_unit + number) % 2]
             registers = cute.recast_tensor(weights, Int32)
             for j in range(MMAS):
-                for register, value in enumerate(self.fragments.decode(words, j)):
+                for register, value in enumerate(weight_fragment(*words, j)):
                     registers[j * 4 + register] = value
             warpgroup.fence()
             for j in range(MMAS):

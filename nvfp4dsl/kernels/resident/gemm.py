@@ -8,22 +8,21 @@ are applied to sums, not to weights.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint8
+from cutlass import Float32, Int32
 
 from nvfp4dsl.config.resident import diagonal, most_tiles
-from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.resident.job import Job, Work
 from nvfp4dsl.kernels.resident.outputs import Outputs
 from nvfp4dsl.kernels.resident.tokens import DiagonalTokens, Tokens
 from nvfp4dsl.kernels.resident.weights import WeightStream
-from nvfp4dsl.kernels.w4a16 import W4A16Gemm
+from nvfp4dsl.kernels.w4a16 import StreamGemm
 
 
-class ResidentGemm(W4A16Gemm):
+class ResidentGemm(StreamGemm):
     """A cluster of ``split`` CTAs, a job, computes a range of row tiles (16 rows of W) for all tokens of its tile; each
-    of its CTAs has a share of K. A CTA's 16 warps divide row tiles x chunks of 256 k evenly, in this order, so each
-    takes a contiguous range, of two row tiles at most. Its sums go to shared memory when a row tile ends; at the end
-    the CTA adds them up in a fixed order, and so does the cluster.
+    of its CTAs has a share of K. A CTA's 16 warps divide row tiles x chunks of 128 or 256 k evenly, in this order, so
+    each takes a contiguous range, of two row tiles at most. Its sums go to shared memory when a row tile ends; at the
+    end the CTA adds them up in a fixed order, and so does the cluster.
 
     ====================  ===========  ===================================================
     barrier               count        arrivals a phase
@@ -37,39 +36,12 @@ class ResidentGemm(W4A16Gemm):
     not depend on the kernel before.
     """
 
-    def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
-        plan, split = self.plan, self.plan.tile.split
-        row_tiles = codes.shape[1]
-        jobs = cutlass.min(row_tiles, cutlass.max(max_ctas // split, 1))
-        jobs = cutlass.max(jobs, cute.ceil_div(row_tiles, most_tiles(plan.tile)))
-        self.kernel(x, codes, scales, alpha, bias, y).launch(
-            grid=[jobs * split, cute.ceil_div(y.shape[1], plan.tile.m), y.shape[0]],
-            block=[plan.threads, 1, 1],
-            cluster=[split, 1, 1] if split > 1 else None,
-            stream=stream,
-            min_blocks_per_mp=plan.ctas_per_sm,
-            preferred_smem_carveout=100,  # percent: left out, the compiler would ask a driver
-            use_pdl=plan.spec.pdl,
-        )
+    def jobs(self, row_tiles: Int32, max_ctas: Int32) -> Int32:
+        jobs = cutlass.min(row_tiles, cutlass.max(max_ctas // self.plan.tile.split, 1))
+        return cutlass.max(jobs, cute.ceil_div(row_tiles, most_tiles(self.plan.tile)))
 
-    @cute.kernel
-    def kernel(
-        self,
-        mX: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mAlpha: cute.Tensor,
-        mBias: cute.Tensor | None,
-        mY: cute.Tensor,
-    ):
-        cute.arch.griddepcontrol_launch_dependents()
-        plan = self.plan
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        lane = cute.arch.lane_idx()
-        allocator = SmemAllocator()
-        smem = {f.name: cute.recast_ptr(allocator.allocate(f.bytes, f.align), dtype=Uint8) for f in plan.smem}
-
-        job = Job(plan, mCodes)
+    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, smem: dict, warp: Int32, lane: Int32) -> None:
+        plan, job = self.plan, Job(self.plan, mCodes)
         work = Work(job, warp)
         weights = WeightStream(plan, job, work, mCodes, mScales, smem, warp, lane)
         tokens = (DiagonalTokens if diagonal(plan.tile) else Tokens)(plan, job, mX, smem, warp, lane)
@@ -87,8 +59,8 @@ class ResidentWarp:
     @cute.jit
     def run(self):
         work = self.work
-        self.weights.init_barriers()
         early = self.plan.spec.early_weights
+        self.weights.init_barriers()
         self.outputs.init_barrier()
         # Before the weights, and not waited for until the end: behind them it would take as long as they.
         if cutlass.const_expr(early):

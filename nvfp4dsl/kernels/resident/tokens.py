@@ -17,10 +17,10 @@ from nvfp4dsl.kernels.instructions import (
     place_byte_f32,
     scale_bf16x2,
     shared_address,
-    spread_bytes,
     store_shared_v4,
 )
 from nvfp4dsl.kernels.resident.job import Job
+from nvfp4dsl.kernels.w4a16 import weight_fragment
 from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_SCALE_OFFSET
 
 #: k that a lane brings of x at a time: 16 bytes.
@@ -93,10 +93,8 @@ class Tokens:
         """16 rows x 64 k: decode, scale, four MMAs."""
         pairs = load_shared_v2(scales + self.lane // 4 * 8)
         b = [word for half in range(2) for word in ldmatrix_x4(x[0] + (step * X_STEP_BYTES + half * 64))]
-        for i, word in enumerate(words):
-            pair = spread_bytes(pairs[i // 2], i % 2 * 2) * 16 + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
-            a = [scale_bf16x2(v, pair, register % 2) for register, v in enumerate(decode_e2m1x8(word))]
-            d = hmma([accumulators[e] for e in range(4)], a, b[2 * i : 2 * i + 2])
+        for i in range(len(words)):
+            d = hmma([accumulators[e] for e in range(4)], weight_fragment(words, pairs, i), b[2 * i : 2 * i + 2])
             for e in range(4):
                 accumulators[e] = d[e]
 

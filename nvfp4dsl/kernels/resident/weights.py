@@ -6,14 +6,16 @@ from cutlass import Int32, Int64
 
 from nvfp4dsl.kernels.instructions import bulk_load, load_shared_v4, shared_address
 from nvfp4dsl.kernels.resident.job import Job, Work
+from nvfp4dsl.kernels.w4a16 import WarpRing
 from nvfp4dsl.layouts import FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES
 
 
-class WeightStream:
+class WeightStream(WarpRing):
     """One warp's ring of weight chunks."""
 
     def __init__(self, plan, job: Job, work: Work, mCodes, mScales, smem, warp: Int32, lane: Int32):
-        self.plan, self.job, self.work, self.lane = plan, job, work, lane
+        super().__init__(plan, smem["barriers"], warp, lane)
+        self.job, self.work = job, work
         self.chunk_steps = job.chunk_steps
         self.codes_bytes = job.chunk_steps * FRAGMENT_STEP_BYTES
         self.scales_bytes = job.chunk_steps * FRAGMENT_SCALE_BYTES
@@ -21,17 +23,8 @@ class WeightStream:
         first = tiles * job.steps + job.first_chunk * job.chunk_steps
         self.codes_from = Int64(mCodes.iterator.toint()) + first * FRAGMENT_STEP_BYTES
         self.scales_from = Int64(mScales.iterator.toint()) + first * FRAGMENT_SCALE_BYTES
-        self.full = cute.recast_ptr(smem["barriers"], dtype=Int64) + warp * plan.stages
         self.codes = shared_address(smem["b"]) + warp * (plan.stages * self.codes_bytes)
         self.scales = shared_address(smem["sfb"]) + warp * (plan.stages * self.scales_bytes)
-
-    @cute.jit
-    def init_barriers(self):
-        if self.lane == 0:
-            for stage in cutlass.range_constexpr(self.plan.stages):
-                cute.arch.mbarrier_init(self.full + stage, 1)
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_warp()
 
     @cute.jit
     def start(self):
@@ -63,7 +56,7 @@ class WeightStream:
         return chunk, step
 
     def steps_of(self, chunk: Int32) -> Int32:
-        """Steps of a chunk: four, but for the last of a row of W."""
+        """Steps of a chunk: all, but for the last of a row of W."""
         if self.plan.spec.whole_chunks:
             return Int32(self.chunk_steps)
         return cutlass.min(self.job.steps - (self.job.first_chunk + chunk) * self.chunk_steps, self.chunk_steps)
@@ -83,9 +76,6 @@ class WeightStream:
                 address = shared_address(barrier)
                 bulk_load(codes, codes_from, codes_size, address)
                 bulk_load(scales, scales_from, scales_size, address)
-
-    def wait(self, stage: Int32, phase: Int32) -> None:
-        cute.arch.mbarrier_wait(self.full + stage, phase)
 
     def codes_at(self, stage: Int32, step: int) -> tuple:
         """This lane's four words of codes."""
