@@ -1,9 +1,9 @@
 """Mixed-input tiles (W4A16, more than a few tokens): decoded weights times tokens in shared memory, by WGMMA or HMMA.
 
-A tile is ``m`` tokens x ``n`` rows of the weight: the operands are swapped, so rows are the instruction's M. Two
-consumer warpgroups multiply, each in blocks of 64 rows, 16 of them a warp. With WGMMA the groups own rows of their own
-and all tokens. With HMMA they may also lie side by side along the tokens: a warp then has more rows, so that tokens are
-read from shared memory half as often, and weights are decoded twice.
+A tile is ``m`` tokens x ``n`` rows of the weight: the operands are swapped, so rows are the instruction's M. Consumer
+warpgroups multiply, each in blocks of 64 rows, 16 of them a warp. Two lie side by side along the rows, with all tokens;
+with HMMA, or along the tokens: a warp then has more rows, so that tokens are read from shared memory half as often, and
+weights are decoded twice. With WGMMA and few tokens there are four: two, or with 64 rows all four, share K.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import replace
 from nvfp4dsl.config import hmma, skinny, wgmma
 from nvfp4dsl.config.spec import (
     FLOAT_BYTES,
-    MAX_STAGES,
     MBARRIER_BYTES,
     MIN_STAGES,
     MMA_N,
@@ -29,23 +28,28 @@ from nvfp4dsl.config.spec import (
     stage_reasons,
     total_bytes,
 )
-from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_ROWS, FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES
+from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_ROWS, FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES, ceil_div
 from nvfp4dsl.targets import Target
 
-#: threads of a warpgroup, the rows it multiplies at a time (those of one wgmma), and how many warpgroups multiply: two,
-#: which take turns at the tensor core and at decoding.
-WARPGROUP, BLOCK_ROWS, CONSUMERS = 4 * WARP, 64, 2
+#: threads of a warpgroup, and the rows it multiplies at a time (those of one wgmma).
+WARPGROUP, BLOCK_ROWS = 4 * WARP, 64
+#: warpgroups that multiply: two, which take turns at the tensor core and at decoding; four where they share K. With few
+#: tokens a unit's latency is what costs, and more warps hide it.
+CONSUMERS, SHARING_CONSUMERS = 2, 4
 TILE_M, TILE_K = (16, 32, 48, 64, 96, 128, 192, 256), (64, 128)
 #: weight rows of a tile, by inner loop; best first, and so is the order of the loops.
-TILE_N = {"wgmma": (128, 256), "hmma": (64, 128, 256)}
+TILE_N = {"wgmma": (64, 128, 256), "hmma": (64, 128, 256)}
+#: most rows of weights that stages hold together: 72 KiB of weights with steps of 128 k. More of them were slower: the
+#: first requests compete with the end of the kernel before.
+STAGE_ROWS = 1024
 #: fp32 accumulators a thread may hold.
 MAX_ACCUMULATORS = 128
-#: by groups of warps that share K: registers a thread of consumers and of the producer's warpgroup. The launch gives
-#: 168, or 96 where there are five warpgroups, and the sums must not be above that.
-REGISTERS = {1: (232, 40), 2: (112, 32)}
-#: most tokens for which two groups share K with WGMMA: their accumulators must leave room for fragments. With few
-#: tokens a unit's latency is what costs, and more warps hide it.
-MAX_SHARED_TOKENS = 64
+#: by warpgroups that multiply: registers a thread of theirs and of the producer's warpgroup. The launch gives 168, or
+#: 96 where there are five warpgroups, and the sums must not be above that.
+REGISTERS = {CONSUMERS: (232, 40), SHARING_CONSUMERS: (112, 32)}
+#: most tokens for which groups share K with WGMMA, and rows: accumulators must leave registers for fragments, and the
+#: groups' sums shared memory for stages.
+MAX_SHARED_TOKENS, MAX_SHARED_ROWS = 64, 128
 #: tokens that one ldmatrix brings, and least tokens of a tile of 128 rows for which HMMA's warpgroups share its rows.
 LOAD_TOKENS, MIN_SHARED_ROWS_TOKENS = 2 * MMA_N, 64
 SPLITS, MULTICASTS = wgmma.SPLITS, (1, 2)
@@ -94,9 +98,14 @@ def group_tokens(tile: TileConfig) -> int:
     return tile.m // token_groups(tile)
 
 
+def row_groups(tile: TileConfig) -> int:
+    """Consumer warpgroups side by side along the rows."""
+    return 1 if token_groups(tile) > 1 or (tile.mainloop == "wgmma" and tile.n == BLOCK_ROWS) else CONSUMERS
+
+
 def row_blocks(tile: TileConfig) -> int:
     """Blocks of 64 rows that one consumer warpgroup owns."""
-    return tile.n * token_groups(tile) // (CONSUMERS * BLOCK_ROWS)
+    return tile.n // (row_groups(tile) * BLOCK_ROWS)
 
 
 def accumulator_registers(tile: TileConfig) -> int:
@@ -106,14 +115,34 @@ def accumulator_registers(tile: TileConfig) -> int:
 
 def k_groups(tile: TileConfig) -> int:
     """Groups of consumer warps that take turns at a tile's stages. Not where a group needs two stages a turn, one for
-    each of its register sets: K need not give both groups as many."""
-    shares = tile.mainloop == "wgmma" and tile.m <= MAX_SHARED_TOKENS and row_blocks(tile) == 1 and tile.k > FRAGMENT_K
-    return 2 if shares else 1
+    each of its register sets: K need not give all groups as many."""
+    shares = tile.mainloop == "wgmma" and tile.m <= MAX_SHARED_TOKENS and tile.n <= MAX_SHARED_ROWS
+    return SHARING_CONSUMERS // row_groups(tile) if shares and tile.k > FRAGMENT_K else 1
+
+
+def consumers(tile: TileConfig) -> int:
+    """Warpgroups that multiply."""
+    return k_groups(tile) * row_groups(tile) * token_groups(tile)
+
+
+def most_stages(tile: TileConfig) -> int:
+    """Stages of the ring that are of use."""
+    return max(STAGE_ROWS // tile.n, least_stages(tile))
+
+
+def least_stages(tile: TileConfig) -> int:
+    """Each group of warps keeps a stage until it has the next, and there must be a next one that none of them keeps."""
+    return max(MIN_STAGES, k_groups(tile) + 1)
 
 
 def partial_pitch(tile: TileConfig) -> int:
     """Floats from one token's partial sums to the next's: the rows, and a pad that spreads a warp over all banks."""
     return tile.n + 4
+
+
+def share_tokens(tile: TileConfig) -> int:
+    """Tokens whose sums each CTA of those that share K adds up."""
+    return ceil_div(tile.m, tile.split)
 
 
 def store_tokens(spec: GemmSpec, tile: TileConfig) -> int:
@@ -123,21 +152,23 @@ def store_tokens(spec: GemmSpec, tile: TileConfig) -> int:
 
 
 def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: int) -> tuple[SmemField, ...]:
-    """Shared memory: a full and an empty barrier a stage, the ring, and each warpgroup's store buffers."""
+    """Shared memory: a full and an empty barrier a stage and one for a cluster's sums, the ring, sums of groups and of
+    the cluster, and each warpgroup's store buffers."""
     steps = tile.n // FRAGMENT_ROWS * (tile.k // FRAGMENT_K)
     through_smem = spec.aligned_rows and tile.split == 1
     store = store_tokens(spec, tile) * BLOCK_ROWS * FLOAT_BYTES[spec.out_dtype] if through_smem else 0
-    partials = tile.m * partial_pitch(tile) * 4 if k_groups(tile) > 1 or tile.split > 1 else 0
-    ring = stages * (tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES))
-    if tile.split > 1 and ring >= partials:
+    pitch, shared = partial_pitch(tile) * 4, tile.split > 1
+    partials = (k_groups(tile) if shared else k_groups(tile) - 1) * tile.m * pitch
+    if shared and stages * (tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES)) >= partials:
         partials = 0  # a CTA has one tile: its ring is drained by then
     fields = (
-        SmemField("barriers", 2 * stages * MBARRIER_BYTES, MBARRIER_BYTES),
+        SmemField("barriers", (2 * stages + (tile.split > 1)) * MBARRIER_BYTES, MBARRIER_BYTES),
         SmemField("a", stages * tile.m * tile.k * 2, TMA_ALIGN),
         SmemField("b", stages * steps * FRAGMENT_STEP_BYTES, SCALE_ALIGN),
         SmemField("sfb", stages * steps * FRAGMENT_SCALE_BYTES, SCALE_ALIGN),
         SmemField("partials", partials, SCALE_ALIGN),
-        SmemField("c", epilogue_stages * CONSUMERS * store, TMA_ALIGN),
+        SmemField("totals", share_tokens(tile) * (tile.split - 1) * pitch, SCALE_ALIGN),
+        SmemField("c", epilogue_stages * row_groups(tile) * token_groups(tile) * store, TMA_ALIGN),
     )
     return tuple(field for field in fields if field.bytes)
 
@@ -161,6 +192,12 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     if row_blocks(tile) == 0:
         reasons.append(f"{tile.m}x{tile.n}: 64 rows take tokens in {2 * LOAD_TOKENS}s, half of them for each warpgroup")
         return reasons
+    if consumers(tile) < CONSUMERS:
+        reasons.append(
+            f"{tile.m}x{tile.n}x{tile.k}: WGMMA takes {BLOCK_ROWS} rows with up to {MAX_SHARED_TOKENS} tokens, and "
+            f"K={2 * FRAGMENT_K}"
+        )
+        return reasons
     registers = accumulator_registers(tile)
     if registers > MAX_ACCUMULATORS:
         reasons.append(
@@ -168,7 +205,9 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
         )
     if tile.mainloop == "hmma" and registers == MAX_ACCUMULATORS and tile.k > FRAGMENT_K:
         reasons.append(f"{registers} accumulator registers a thread leave HMMA those for steps of {FRAGMENT_K} k only")
-    return reasons + stage_reasons(tile, target, lambda s: total_bytes(smem_fields(spec, tile, s, 1)), MAX_STAGES)
+    return reasons + stage_reasons(
+        tile, target, lambda s: total_bytes(smem_fields(spec, tile, s, 1)), most_stages(tile), least_stages(tile)
+    )
 
 
 def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
@@ -178,20 +217,19 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
     def fits(stages: int, epilogue_stages: int) -> bool:
         return total_bytes(smem_fields(spec, tile, stages, epilogue_stages)) <= target.smem_per_block
 
-    stages = tile.stages or max(s for s in range(MIN_STAGES, MAX_STAGES + 1) if fits(s, 1))
+    stages = tile.stages or max(s for s in range(least_stages(tile), most_stages(tile) + 1) if fits(s, 1))
     epilogue_stages = 2 if fits(stages, 2) else 1
-    steps, groups = tile.n // FRAGMENT_ROWS * (tile.k // FRAGMENT_K), k_groups(tile)
-    along_tokens = token_groups(tile)
+    steps = tile.n // FRAGMENT_ROWS * (tile.k // FRAGMENT_K)
     return Plan(
         spec=spec,
         tile=replace(tile, stages=stages),
-        warps=(CONSUMERS * 4 // along_tokens, along_tokens),
+        warps=(row_groups(tile) * 4, token_groups(tile)),
         blocks=(row_blocks(tile), group_tokens(tile) // MMA_N),
         stages=stages,
         epilogue_stages=epilogue_stages,
         smem=smem_fields(spec, tile, stages, epilogue_stages),
         transaction_bytes=tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES),
-        threads=(groups * CONSUMERS + 1) * WARPGROUP,
+        threads=(consumers(tile) + 1) * WARPGROUP,
         swapped=True,
-        registers=REGISTERS[groups],
+        registers=REGISTERS[consumers(tile)],
     )

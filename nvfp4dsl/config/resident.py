@@ -53,11 +53,9 @@ CHOSEN_SPLITS = (1, 2)
 TILES = tuple(
     TileConfig(m, FRAGMENT_ROWS, k, split=split) for m, k, split in itertools.product(TILE_M, TILE_K, CHOSEN_SPLITS)
 )
-#: H200, microseconds (docs/measured.md): of a call, of a step that a warp has, both by tokens; of a cluster; and where
-#: no CTA of the next kernel fits beside one of this. With fewer jobs than SMs some SMs get two of one kernel and others
-#: none, and steps take longer. And bytes of weights a microsecond.
-CALL_US, STEP_US = {1: 1.6, 2: 1.7, 4: 1.85, 8: 2.6}, {1: 0.30, 2: 0.31, 4: 0.35, 8: 0.37}
-CLUSTER_US, ALONE_US, UNEVEN, MEMORY_BYTES_PER_US = 0.9, 1.5, 1.5, 4.4e6
+#: H200 (docs/measured.md), microseconds: of a call; of a step that a warp has, by tokens; of the sums of a cluster's
+#: row tile. And bytes of x that all SMs read in a microsecond.
+CALL_US, STEP_US, SHARED_TILE_US, X_BYTES_PER_US = 1.2, {1: 0.28, 2: 0.28, 4: 0.29, 8: 0.30}, 0.18, 4.4e6
 
 
 def choose(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int) -> Plan | None:
@@ -76,15 +74,15 @@ def k_limit(tile: TileConfig) -> int:
 
 
 def estimate_us(plan: Plan, n: int, k: int, sms: int) -> float:
-    """A model of the time for ``n`` rows of ``k`` weights on ``sms`` multiprocessors of an H200: of the busiest warp's
-    steps, or of reading the weights. It ranks what was measured."""
-    tile, row_tiles = plan.tile, ceil_div(n, FRAGMENT_ROWS)
-    places = max(1, sms // tile.split)
-    chunks = ceil_div(row_tiles, places) * ceil_div(ceil_div(k, chunk_steps(plan) * FRAGMENT_K), tile.split)
-    steps = ceil_div(chunks, WARPS) * chunk_steps(plan) * (UNEVEN if row_tiles < places else 1.0)
-    extra = (CLUSTER_US if tile.split > 1 else 0.0) + (ALONE_US if plan.ctas_per_sm == 1 else 0.0)
-    read = row_tiles * ceil_div(k, FRAGMENT_K) * STEP_BYTES / MEMORY_BYTES_PER_US
-    return CALL_US[tile.m] + extra + max(STEP_US[tile.m] * steps, read)
+    """A model of the time for ``n`` rows of ``k`` weights on ``sms`` multiprocessors of an H200: x, then the busiest
+    warp's steps, then the sums. It ranks what was measured."""
+    tile = plan.tile
+    tiles = ceil_div(ceil_div(n, FRAGMENT_ROWS), max(1, sms // tile.split))
+    chunks = tiles * ceil_div(ceil_div(k, chunk_steps(plan) * FRAGMENT_K), tile.split)
+    steps = ceil_div(chunks, WARPS) * chunk_steps(plan)
+    x_bytes = sms * tile.m * ceil_div(k, tile.split) * 2
+    sums_us = tiles * SHARED_TILE_US if tile.split > 1 else 0.0
+    return CALL_US + x_bytes / X_BYTES_PER_US + steps * STEP_US[tile.m] + sums_us
 
 
 def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:

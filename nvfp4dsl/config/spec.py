@@ -211,12 +211,14 @@ def room(target: Target, ctas: int) -> int:
     return (target.smem_per_block + RESERVED_SMEM) // ctas - RESERVED_SMEM
 
 
-def stage_reasons(tile: TileConfig, target: Target, need: Callable[[int], int], most: int | None = None) -> list[str]:
-    """Why the stages that a tile names, or the fewest there may be, cannot be: their number, or what shared memory they
-    ``need``, in bytes by stages."""
-    stages = tile.stages if tile.stages is not None else MIN_STAGES
-    if stages < MIN_STAGES or (most is not None and stages > most):
-        return [f"{stages} stages: allowed are {MIN_STAGES} " + (f"to {most}" if most is not None else "and more")]
+def stage_reasons(
+    tile: TileConfig, target: Target, need: Callable[[int], int], most: int | None = None, least: int = MIN_STAGES
+) -> list[str]:
+    """Why the stages that a tile names, or the ``least`` there may be, cannot be: their number, or what shared memory
+    they ``need``, in bytes by stages."""
+    stages = tile.stages if tile.stages is not None else least
+    if stages < least or (most is not None and stages > most):
+        return [f"{stages} stages: allowed are {least} " + (f"to {most}" if most is not None else "and more")]
     if need(stages) <= target.smem_per_block:
         return []
     return [

@@ -13,6 +13,9 @@ SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
 #: what :func:`choose` takes, split as it says; the first is the default.
 TILES = (
     TileConfig(64, 128, 128),
+    TileConfig(16, 64, 128),
+    TileConfig(32, 64, 128),
+    TileConfig(64, 64, 128),
     TileConfig(16, 128, 128),
     TileConfig(32, 128, 128),
     TileConfig(96, 128, 128),
@@ -22,8 +25,22 @@ TILES = (
 )
 #: most tokens of a tile whose K :func:`choose` splits: beyond, adding the sums takes longer than it saves.
 MAX_SPLIT_TOKENS = 128
-#: H200, microseconds a step of 64 k and 128 rows, by tokens (docs/measured.md).
-STEP_US = {16: 0.150, 32: 0.165, 64: 0.195, 96: 0.245, 128: 0.305, 192: 0.430, 256: 0.600}
+#: H200, microseconds a step of 64 k (docs/measured.md), by tokens and rows.
+STEP_US = {
+    (16, 64): 0.072,
+    (32, 64): 0.082,
+    (64, 64): 0.115,
+    (16, 128): 0.144,
+    (32, 128): 0.162,
+    (64, 128): 0.203,
+    (96, 128): 0.245,
+    (128, 128): 0.284,
+    (192, 128): 0.430,
+    (256, 128): 0.600,
+}
+#: H200, microseconds: of a call; what it takes more where all SMs work, which is as the square of their share; of a
+#: tile; of 16384 outputs of it; and of these where CTAs share K.
+LAUNCH_US, BUSY_US, TILE_US, OUTPUT_US, SHARED_OUTPUT_US = 0.2, 2.1, 1.2, 1.1, 3.0
 #: H200, CTAs that run at a time, of 132, by the size of their clusters: not every group of SMs is a multiple of it.
 RESIDENT = {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120}
 #: H200, bytes a microsecond from L2 to all SMs.
@@ -45,10 +62,12 @@ def estimate_us(tile: TileConfig, m: int, n: int, k: int, sms: int) -> float:
     if tile.split > 1 and tiles > at_a_time:
         return math.inf
     steps = ceil_div(k, tile.k * tile.split) * (tile.k // FRAGMENT_K)
-    outputs = tile.m * tile.n / 16384
-    round_us = steps * STEP_US[tile.m] + 1.2 + 1.1 * outputs + (0.6 * (1 + outputs) if tile.split > 1 else 0)
-    read_us = tiles * k * (tile.n * 9 / 16 + tile.m * 2 / tile.multicast) / L2_BYTES_PER_US
-    return 2.2 + max(ceil_div(tiles, at_a_time) * round_us, read_us + 1.5)
+    output_us = tile.m * tile.n / 16384 * (SHARED_OUTPUT_US if tile.split > 1 else OUTPUT_US)
+    round_us = steps * STEP_US[tile.m, tile.n] + TILE_US + output_us
+    busy, rounds = min(tiles * tile.split / sms, 1.0), ceil_div(tiles, at_a_time)
+    # of a single round, steps were measured as reads let them be
+    read_us = tiles * k * (tile.n * 9 / 16 + tile.m * 2 / tile.multicast) / L2_BYTES_PER_US if rounds > 1 else 0.0
+    return LAUNCH_US + BUSY_US * busy**2 + max(rounds * round_us, read_us + TILE_US)
 
 
 def choose(m: int, n: int, k: int, sms: int) -> TileConfig:

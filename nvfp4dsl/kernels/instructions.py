@@ -349,6 +349,13 @@ def load_shared_f32(address: Int32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
+def load_shared_v4_f32(address: Int32, *, loc=None, ip=None) -> tuple[Float32, Float32, Float32, Float32]:
+    """Four neighbouring fp32 values from shared memory; the address a multiple of 16."""
+    text = "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];"
+    return _asm_tuple(Float32, 4, [address], text, "=f,=f,=f,=f,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def load_shared_u16(address: Int32, *, loc=None, ip=None) -> Int32:
     """Two bytes from shared memory, zero-extended."""
     return Int32(_asm(T.i32(), [address], "ld.shared.u16 $0, [$1];", "=r,r", pure=False, loc=loc, ip=ip))
@@ -383,6 +390,13 @@ def store_async_f32(address: Int32, x: Float32, barrier: Int32, *, loc=None, ip=
 
 
 @dsl_user_op
+def store_async_v4(address: Int32, x: list, barrier: Int32, *, loc=None, ip=None) -> None:
+    """As :func:`store_async_f32`: four neighbouring fp32 values; the address a multiple of 16."""
+    text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$1,$2,$3,$4}, [$5];"
+    _asm(None, [address, *x, barrier], text, "r,f,f,f,f,r", pure=False, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def prefetch_global(address: Int64, *, loc=None, ip=None) -> None:
     """Bring a line into L2; what is read later is the memory's content then."""
     _asm(None, [address], "prefetch.global.L2 [$0];", "l", pure=False, loc=loc, ip=ip)
@@ -407,10 +421,3 @@ def bulk_load(destination: Int32, source: Int64, size: Int32, barrier: Int32, *,
         loc=loc,
         ip=ip,
     )
-
-
-@dsl_user_op
-def load_cluster_v4(address: Int32, *, loc=None, ip=None) -> tuple[Float32, Float32, Float32, Float32]:
-    """Four neighbouring fp32 values from a :func:`cluster_address`, which is a multiple of 16."""
-    text = "ld.shared::cluster.v4.f32 {$0,$1,$2,$3}, [$4];"
-    return _asm_tuple(Float32, 4, [address], text, "=f,=f,=f,=f,r", pure=False, loc=loc, ip=ip)

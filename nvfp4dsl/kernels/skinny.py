@@ -57,7 +57,7 @@ class SkinnyGemm(StreamGemm):
     def jobs(self, row_tiles: Int32, max_ctas: Int32) -> Int32:
         return cutlass.min(row_tiles, max_ctas * self.plan.ctas_per_sm)
 
-    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, smem: dict, warp: Int32, lane: Int32) -> None:
+    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, jobs: Int32, smem: dict, warp: Int32, lane: Int32) -> None:
         plan, (first, token_tile, batch) = self.plan, cute.arch.block_idx()
         weights = WeightStream(plan, mCodes, mScales, smem, batch, warp, lane)
         weights.init_barriers()
@@ -66,7 +66,7 @@ class SkinnyGemm(StreamGemm):
             weights,
             TokenFragments(plan, mX, batch, token_tile, lane),
             Outputs(plan, mAlpha, mBias, mY, smem["partials"], batch, token_tile, warp, lane),
-        ).run(first, cute.arch.grid_dim()[0])
+        ).run(first, jobs)
 
 
 class SkinnyWarp:

@@ -55,8 +55,10 @@ class StreamGemm(W4A16Gemm):
     def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
         plan, split = self.plan, self.plan.tile.split
         jobs = self.jobs(codes.shape[1] // plan.blocks[0], max_ctas)
-        self.kernel(x, codes, scales, alpha, bias, y).launch(
-            grid=[jobs * split, cute.ceil_div(y.shape[1], plan.tile.m), y.shape[0]],
+        token_tiles, batch = cute.ceil_div(y.shape[1], plan.tile.m), y.shape[0]
+        places = self.places(jobs, token_tiles * batch, max_ctas)
+        self.kernel(x, codes, scales, alpha, bias, y, jobs).launch(
+            grid=[places * split, token_tiles, batch],
             block=[plan.threads, 1, 1],
             cluster=[split, 1, 1] if split > 1 else None,
             stream=stream,
@@ -69,6 +71,10 @@ class StreamGemm(W4A16Gemm):
     def jobs(self, row_tiles: Int32, max_ctas: Int32) -> Int32:
         """CTAs, or clusters of them, that share these tiles of rows."""
 
+    def places(self, jobs: Int32, times: Int32, max_ctas: Int32) -> Int32:
+        """CTAs, or clusters, that are launched for so many jobs, ``times`` over."""
+        return jobs
+
     @cute.kernel
     def kernel(
         self,
@@ -78,16 +84,17 @@ class StreamGemm(W4A16Gemm):
         mAlpha: cute.Tensor,
         mBias: cute.Tensor | None,
         mY: cute.Tensor,
+        jobs: Int32,
     ):
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         allocator = SmemAllocator()
         smem = {f.name: cute.recast_ptr(allocator.allocate(f.bytes, f.align), dtype=Uint8) for f in self.plan.smem}
-        self.work(mX, mCodes, mScales, mAlpha, mBias, mY, smem, warp, lane)
+        self.work(mX, mCodes, mScales, mAlpha, mBias, mY, jobs, smem, warp, lane)
 
     @abstractmethod
-    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, smem: dict, warp: Int32, lane: Int32) -> None:
+    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, jobs: Int32, smem: dict, warp: Int32, lane: Int32) -> None:
         """What each warp does, traced; ``smem`` has the plan's fields by name."""
 
 

@@ -103,6 +103,19 @@ def test_tiles(target, tile, shape):
     _check(y, x, weight)
 
 
+@pytest.mark.parametrize(
+    ("tile", "clusters", "expected"),
+    [("2x16x4096", 5, 5), ("8x16x4096", 8, 8), ("1x16x4096/2", 6, 6), ("2x16x4096", 3, 3), ("2x16x4096", 9, 4)],
+)
+def test_no_sm_is_left_without_a_cta(tile, clusters, expected):
+    """Four row tiles: clusters past the fourth repeat the work of the first ones, unless more than half would."""
+    tile = TileConfig.parse(tile)
+    x, weight = _random(tile.m, 528), nv.quantize(_random(64, 528, seed=1))
+    y, run = _forced(x, weight, "sm_90a", str(tile), clusters=clusters)
+    assert run.launch.grid == (expected * tile.split, 1, 1)
+    _check(y, x, weight)
+
+
 @pytest.mark.parametrize("tile", KERNELS)
 def test_fp32_with_batch_and_bias_and_the_same_bits_in_any_order(tile):
     x, bias = _random(3, 5, 528), _random(37, seed=2, dtype=torch.float32)

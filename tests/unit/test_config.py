@@ -86,6 +86,26 @@ def test_illegal_tiles_say_why(tile, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (TileConfig(96, 64, 128), ["96x64x128", "up to 64 tokens"]),
+        (TileConfig(16, 64, 64), ["16x64x64", "K=128"]),
+        # groups of warps that share K wait for each other for ever where each keeps a stage and there is no other
+        (TileConfig(16, 128, 128, stages=2), ["2 stages", "3 to 8"]),
+        (TileConfig(16, 64, 128, stages=4), ["4 stages", "5 to 16"]),
+        (TileConfig(256, 128, 64, split=2), ["shared memory"]),
+        (TileConfig(16, 128, 128, split=9), ["split=9"]),
+    ],
+    ids=str,
+)
+def test_illegal_w4a16_tiles_say_why(tile, words):
+    with pytest.raises(TileError) as error:
+        plan(GemmSpec("bf16"), tile, "sm_90a")
+    for word in words:
+        assert word in str(error.value)
+
+
 def test_the_whole_tile_space_is_there():
     """Every (M, N) of 64, 128, 256 whose accumulators fit, with every K that leaves two stages; decode; ping-pong."""
     admitted = {str(tile) for tile in legal_tiles(GemmSpec(), "sm_121a")}

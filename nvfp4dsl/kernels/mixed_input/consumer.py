@@ -24,6 +24,7 @@ class Consumer:
         size = {field.name: field.bytes // self.plan.stages for field in self.plan.smem}
         turn, groups = self.mainloop.stages_a_turn(self.plan), k_groups(self.plan.tile)
         accumulators = self.mainloop.make_accumulators()
+        self.sums.expect()
         begun, count = Int32(0), k_end - k_begin
         if cutlass.const_expr(not self.plan.spec.early_weights):
             cute.arch.griddepcontrol_wait()  # the kernel before may have written alpha too
@@ -46,16 +47,18 @@ class Consumer:
                 self.ring.release(before, count > self.group)
             begun += count
             coord = self.schedule.coord(index)
-            self.sums.combine(accumulators)
             if cutlass.const_expr(self.plan.tile.split > 1):
-                self.sums.reduce(accumulators, alphas, coord)
-            elif self.group == 0:
-                self.outputs.store(accumulators, alphas, coord)
+                self.sums.exchange(accumulators)
+                self.sums.store(alphas, coord)
+            else:
+                self.sums.combine(accumulators)
+                if self.group == 0:
+                    self.outputs.store(accumulators, alphas, coord)
         if cutlass.const_expr(self.plan.tile.split == 1):  # noqa: SIM102 (one is static, one dynamic)
             if self.group == 0:
                 self.outputs.finish()
-        if cutlass.const_expr(self.plan.tile.split == 1 and self.plan.tile.multicast > 1):
-            # a peer may still arrive on this CTA's barriers; with a split, they have before they add up
+        if cutlass.const_expr(self.plan.tile.multicast > 1):
+            # a peer may still arrive on this CTA's barriers
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 

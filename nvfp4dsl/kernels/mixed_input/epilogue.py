@@ -9,14 +9,13 @@ from cutlass.cute.nvgpu import cpasync
 from nvfp4dsl.config import Plan
 from nvfp4dsl.config.mixed_input import (
     BLOCK_ROWS,
-    CONSUMERS,
     MAX_ACCUMULATORS,
     WARPGROUP,
     accumulator_registers,
     group_tokens,
     row_blocks,
+    row_groups,
     store_tokens,
-    token_groups,
 )
 from nvfp4dsl.config.spec import MMA_N, WARP
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
@@ -63,8 +62,9 @@ class TransposedEpilogue:
     def __init__(self, plan: Plan, mAlpha: cute.Tensor, mBias, mY: cute.Tensor, warp: Int32, lane: Int32):
         self.plan, self.mAlpha, self.mBias, self.mY = plan, mAlpha, mBias, mY
         self.warp, self.lane, self.group = warp % 4, lane, warp // 4
-        self.place = WarpPlace(plan, warp)
+        self.place = WarpPlace(plan, warp % plan.group_warps)
         self.blocks = row_blocks(plan.tile)
+        self.first_row = (warp * WARP + lane) % (plan.tile.n // 4) * 4  # with a split
         self.dtype = FLOAT_TYPES[plan.spec.out_dtype]
         self.tokens, self.group_tokens = store_tokens(plan.spec, plan.tile), group_tokens(plan.tile)
         self.row_spans = BLOCK_ROWS * self.dtype.width // 8 // STORE_ROW_BYTES
@@ -75,10 +75,10 @@ class TransposedEpilogue:
         self.atom, self.mY_tma, self.sY = atom, mY_tma, sY
 
     def load_alphas(self, coord: TileCoord) -> list[Float32 | None]:
-        """Of the rows that this lane stores, as they are in memory: two of each block, or with a split, four of every
-        128. None where accumulators leave no registers for them: then they are loaded when wanted."""
+        """Of the rows that this lane stores, as they are in memory: two of each block, or with a split, four. None
+        where accumulators leave no registers for them: then they are loaded when wanted."""
         if self.plan.tile.split > 1:
-            rows = [first + self.lane * 4 + e for first in range(0, self.plan.tile.n, 4 * WARP) for e in range(4)]
+            rows = [self.first_row + e for e in range(4)]
         else:
             rows = [self._row(block, half) for block in range(self.blocks) for half in range(2)]
         if accumulator_registers(self.plan.tile) == MAX_ACCUMULATORS:
@@ -97,8 +97,7 @@ class TransposedEpilogue:
     @cute.jit
     def store(self, accumulators, alphas, coord: TileCoord):
         for block in cutlass.range_constexpr(self.blocks):
-            row_groups = CONSUMERS // token_groups(self.plan.tile)
-            row_block = (coord.m * row_groups + self.place.row_group) * self.blocks + block
+            row_block = (coord.m * row_groups(self.plan.tile) + self.place.row_group) * self.blocks + block
             scaling = [self._scaling(alphas[2 * block + half], coord, self._row(block, half)) for half in range(2)]
             if cutlass.const_expr(self.plan.spec.aligned_rows):
                 self._store_through_tma(accumulators[block], scaling, coord, row_block, block)
@@ -122,14 +121,14 @@ class TransposedEpilogue:
         return alpha * Float32(2.0**-FRAGMENT_EXPONENT), bias
 
     @cute.jit
-    def store_rows(self, sums, alphas, coord: TileCoord, token: Int32, first: cutlass.Constexpr[int]):
-        """A lane's four neighbouring outputs of a token, of the 128 rows from ``first`` on; both within the tile."""
+    def store_rows(self, sums, alphas, coord: TileCoord, token: Int32):
+        """A lane's four neighbouring outputs of a token of the tile, from :attr:`first_row` on."""
         mY, y_row = self.mY, coord.n * self.plan.tile.m + token
+        row = self.first_row
         for e in cutlass.range_constexpr(4):
-            row = first + self.lane * 4 + e
-            column = coord.m * self.plan.tile.n + row
+            column = coord.m * self.plan.tile.n + row + e
             if y_row < mY.shape[0] and column < mY.shape[1]:
-                value = _scaled(sums[e], *self._scaling(alphas[first // WARP + e], coord, row))
+                value = _scaled(sums[e], *self._scaling(alphas[e], coord, row + e))
                 mY[y_row, column, coord.batch] = value.to(self.dtype)
 
     def _value(self, accumulators: cute.Tensor, scaling: list, block: int, e: int) -> Float32:

@@ -8,7 +8,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from nvfp4dsl.config import FLOAT_BYTES, Plan
-from nvfp4dsl.config.mixed_input import BLOCK_ROWS, CONSUMERS, k_groups, store_tokens
+from nvfp4dsl.config.mixed_input import BLOCK_ROWS, k_groups, row_groups, store_tokens, token_groups
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
 from nvfp4dsl.kernels.instructions import block_here, shared_address
@@ -34,7 +34,8 @@ class MixedInputGemm(W4A16Gemm):
     warp                  count  role
     ====================  =====  =================================================================
     0 .. 7                8      two warpgroups: decode and multiply (:data:`LOOPS`), then store
-    8 .. 15               8      the same, where two groups take turns at the k steps (WGMMA, few tokens)
+    8 .. 15               8      the same, where two groups take turns at the k steps (WGMMA, few tokens); or four
+                                 groups of four warps do, where a tile has 64 rows
     next                  3      producers: TMA loads of codes, of scales and of tokens, a stream each
     last                  1      alpha and bias into L2; and it completes the producers' warpgroup, which hands over
                                  its registers
@@ -46,8 +47,9 @@ class MixedInputGemm(W4A16Gemm):
     full[stage]           stages  3 (each producer, with its stream's bytes), completed by TMA
     empty[stage]          stages  8 (one lane of each warp of the group that read it), of each CTA of a multicast
     named barrier 1, 2    2       128 threads: a warpgroup around each use of its store buffer
-    named barrier 5       1       all consumers: around the exchange of partial sums
-    cluster               1       barriers are there; partial sums are written; nobody reads or arrives here any more
+    named barrier 5       1       all consumers: around the exchange of their sums
+    arrived (split)       1       1 (thread 0, with the bytes of the cluster's sums), completed by asynchronous stores
+    cluster               1       barriers are there; with multicast, nobody arrives here any more
     ====================  ======  ================================================================
 
     One warp would not keep up where tokens are few: it takes a hundred cycles or so to issue a copy. Launched with
@@ -144,8 +146,7 @@ class MixedInputGemm(W4A16Gemm):
             outputs = TransposedEpilogue(plan, mAlpha, mBias, mY, warp, lane)
             if cutlass.const_expr(plan.spec.aligned_rows and tile.split == 1):
                 outputs.bind_store(tma_y, mY_tma, _swizzled_tensor(smem["c"], layouts["c"]))
-            partials = shared_address(smem["partials" if "partials" in smem else "a"])
-            sums = PartialSums(plan, partials, outputs, warp, lane, part, share)
+            sums = PartialSums(plan, smem, ring.arrived, outputs, warp, lane, (part, share))
             Consumer(plan, schedule, ring, mainloop, sums, outputs, warp).run(
                 *ranges, shared_address(smem["b"]), shared_address(smem["sfb"])
             )
@@ -171,12 +172,13 @@ class MixedInputGemm(W4A16Gemm):
         out_bytes = FLOAT_BYTES[plan.spec.out_dtype]
         tokens = store_tokens(plan.spec, tile)
         spans, copies = BLOCK_ROWS * out_bytes // STORE_ROW_BYTES, plan.stages * (tile.k // FRAGMENT_K)
+        groups = row_groups(tile) * token_groups(tile)
         return {
             "a": token_tile_layout(tile.m, copies),
             "x_box": token_tile_layout(tile.m // tile.multicast, copies * tile.multicast),
             "b": cute.make_layout((*self._box("b"), plan.stages)),
             "sfb": cute.make_layout((*self._box("sfb"), plan.stages)),
-            "c": tile_layout(tokens, STORE_ROW_BYTES, CONSUMERS * plan.epilogue_stages * spans, out_bytes),
+            "c": tile_layout(tokens, STORE_ROW_BYTES, groups * plan.epilogue_stages * spans, out_bytes),
         }
 
     def _allocate(self) -> dict[str, cute.Pointer]:
@@ -187,6 +189,7 @@ class MixedInputGemm(W4A16Gemm):
             "b": Int64,
             "sfb": Int64,
             "partials": Float32,
+            "totals": Float32,
             "c": FLOAT_TYPES[self.plan.spec.out_dtype],
         }
         allocator = SmemAllocator()

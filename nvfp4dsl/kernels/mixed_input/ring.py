@@ -15,11 +15,13 @@ PRODUCERS = 3
 
 
 class Ring:
-    """The stages' barriers. ``first_rank``: in the cluster, of the CTAs that load tokens for each other."""
+    """The stages' barriers, and that of a cluster's sums. ``first_rank``: in the cluster, of the CTAs that load tokens
+    for each other."""
 
     def __init__(self, plan: Plan, barriers: cute.Pointer, lane: Int32, first_rank: Int32):
         self.plan, self.lane, self.first_rank = plan, lane, first_rank
         self.full, self.empty = barriers, barriers + plan.stages
+        self.arrived = self.empty + plan.stages
 
     @cute.jit
     def init(self, warp: Int32):
@@ -27,11 +29,15 @@ class Ring:
             for stage in cutlass.range_constexpr(self.plan.stages):
                 cute.arch.mbarrier_init(self.full + stage, PRODUCERS)
                 cute.arch.mbarrier_init(self.empty + stage, self.plan.group_warps * self.plan.tile.multicast)
+            if cutlass.const_expr(self.plan.tile.split > 1):
+                cute.arch.mbarrier_init(self.arrived, 1)
         cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(self.plan.tile.multicast > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
+            if cutlass.const_expr(self.plan.tile.split > 1):
+                cute.arch.cluster_arrive_relaxed()  # who sends sums waits for it
             cute.arch.sync_threads()
 
     def slot(self, count: Int32) -> tuple[Int32, Int32]:

@@ -3,12 +3,20 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32
+from cutlass import Int32
 
 from nvfp4dsl.config import Plan
-from nvfp4dsl.config.mixed_input import BLOCK_ROWS, group_tokens, k_groups, partial_pitch
+from nvfp4dsl.config.mixed_input import BLOCK_ROWS, group_tokens, k_groups, partial_pitch, share_tokens
 from nvfp4dsl.config.spec import MMA_N, WARP
-from nvfp4dsl.kernels.instructions import cluster_address, load_cluster_v4, load_shared_f32, store_shared_f32
+from nvfp4dsl.kernels.instructions import (
+    cluster_address,
+    load_shared_f32,
+    load_shared_v4_f32,
+    shared_address,
+    store_async_v4,
+    store_shared_f32,
+    store_shared_v4,
+)
 from nvfp4dsl.kernels.mainloops.mixed_input import WarpPlace
 from nvfp4dsl.kernels.schedule import TileCoord
 
@@ -19,78 +27,119 @@ CONSUMER_BARRIER = 5
 class PartialSums:
     """Adds what groups of warps, and CTAs of a cluster, have summed over their shares of K, in a fixed order.
 
-    A CTA's sums lie in shared memory as (tokens, rows) of fp32, in rows of :func:`partial_pitch`.
+    Sums lie in shared memory as (tokens, rows) of fp32, in rows of :func:`partial_pitch`: those of each group of warps
+    but the first, or with a split, of all; and those that the other CTAs of the cluster have sent here, of the tokens
+    that this one adds up.
     """
 
-    def __init__(self, plan: Plan, partials: Int32, outputs, warp: Int32, lane: Int32, part: Int32, share: Int32):
-        self.plan, self.partials, self.outputs = plan, partials, outputs
-        self.warp, self.lane, self.part, self.share = warp, lane, part, share
-        self.warps = k_groups(plan.tile) * plan.group_warps
-        self.barrier = pipeline.NamedBarrier(barrier_id=CONSUMER_BARRIER, num_threads=self.warps * WARP)
+    def __init__(self, plan: Plan, smem: dict, arrived: cute.Pointer, outputs, warp: Int32, lane: Int32, rank: tuple):
+        self.plan, self.arrived, self.outputs = plan, arrived, outputs
+        self.part, self.share = rank
+        self.warp, self.lane, self.thread = warp, lane, warp * WARP + lane
+        self.groups, self.group = k_groups(plan.tile), warp // plan.group_warps
+        self.threads = self.groups * plan.group_warps * WARP
+        self.barrier = pipeline.NamedBarrier(barrier_id=CONSUMER_BARRIER, num_threads=self.threads)
         self.pitch = partial_pitch(plan.tile) * 4
-        self.tokens = -(-plan.tile.m // plan.tile.split)  # that a CTA adds up
-        place = WarpPlace(plan, warp % plan.group_warps)
-        token = place.token_group * group_tokens(plan.tile) + lane % 4 * 2
-        self.own = partials + (place.row + lane // 4) * 4 + token * self.pitch
+        self.quads = plan.tile.n // 4
+        if self.groups > 1 or plan.tile.split > 1:
+            # with a split, a CTA has one tile: its ring is drained by then
+            self.partials = shared_address(smem["partials" if "partials" in smem else "a"])
+        if plan.tile.split > 1:
+            self.totals, self.tokens = shared_address(smem["totals"]), share_tokens(plan.tile)
+            self.mine = cutlass.max(cutlass.min(plan.tile.m - self.share * self.tokens, self.tokens), 0)
 
-    def _addresses(self, accumulators: list) -> list:
-        """(block, element, address) of each accumulator of this lane."""
+    def _elements(self, accumulators: list, group: Int32) -> list:
+        """(accumulators of a block, element, address among the sums of ``group``) of each accumulator of this lane."""
+        place = WarpPlace(self.plan, self.warp % self.plan.group_warps)
+        token = place.token_group * group_tokens(self.plan.tile) + self.lane % 4 * 2
+        first = self._address(self.partials, group * self.plan.tile.m + token, place.row + self.lane // 4)
         return [
-            (block, j * 4 + e, self.own + (block * BLOCK_ROWS + e // 2 * 8) * 4 + (j * MMA_N + e % 2) * self.pitch)
-            for block in range(len(accumulators))
+            (block, j * 4 + e, self._address(first, j * MMA_N + e % 2, number * BLOCK_ROWS + e // 2 * 8))
+            for number, block in enumerate(accumulators)
             for j in range(group_tokens(self.plan.tile) // MMA_N)
             for e in range(4)
         ]
 
+    def _address(self, sums: Int32, token, row) -> Int32:
+        return sums + token * self.pitch + row * 4
+
+    def _add_up(self, places: list) -> list:
+        """Four neighbouring sums of each place, added in this order."""
+        total = load_shared_v4_f32(places[0])
+        for place in places[1:]:
+            more = load_shared_v4_f32(place)
+            total = [total[e] + more[e] for e in range(4)]
+        return list(total)
+
     @cute.jit
     def combine(self, accumulators):
-        """Group 0 adds group 1's sums to its own."""
-        if cutlass.const_expr(self.plan.tile.split > 1 or k_groups(self.plan.tile) > 1):
-            self.barrier.arrive_and_wait()  # where the ring's memory is used, all have read it
-        if cutlass.const_expr(k_groups(self.plan.tile) > 1):
-            if self.warp >= self.plan.group_warps:
-                for block, i, address in self._addresses(accumulators):
-                    store_shared_f32(address, accumulators[block][i])
+        """The first group adds the others' sums to its own."""
+        if cutlass.const_expr(self.groups > 1):
+            self.barrier.arrive_and_wait()  # the first has read those of the tile before
+            if self.group > 0:
+                for block, e, place in self._elements(accumulators, self.group - 1):
+                    store_shared_f32(place, block[e])
             self.barrier.arrive_and_wait()
-            if self.warp < self.plan.group_warps:
-                for block, i, address in self._addresses(accumulators):
-                    accumulators[block][i] = accumulators[block][i] + load_shared_f32(address)
+            if self.group == 0:
+                for other in cutlass.range_constexpr(self.groups - 1):
+                    for block, e, place in self._elements(accumulators, Int32(other)):
+                        block[e] = block[e] + load_shared_f32(place)
 
     @cute.jit
-    def reduce(self, accumulators, alphas, coord: TileCoord):
-        """Each CTA of the cluster adds all CTAs' sums for its share of the tokens, and stores them."""
-        tile = self.plan.tile
-        if self.warp < self.plan.group_warps:
-            for block, i, address in self._addresses(accumulators):
-                store_shared_f32(address, accumulators[block][i])
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
-        firsts, turns = range(0, tile.n, 4 * WARP), -(-self.tokens // self.warps)
-        totals = cute.make_rmem_tensor((4, len(firsts), turns), Float32)
-        totals.fill(0.0)
-        for turn in cutlass.range_constexpr(turns):
-            token, mine = self._token(turn)
-            if mine:
-                for f, rows in enumerate(firsts):
-                    address = self.partials + token * self.pitch + (rows + self.lane * 4) * 4
-                    total = list(load_cluster_v4(cluster_address(address, self.part)))
-                    for peer in cutlass.range_constexpr(1, tile.split):
-                        more = load_cluster_v4(cluster_address(address, peer * tile.multicast + self.part))
-                        total = [total[e] + more[e] for e in range(4)]
-                    for e in cutlass.range_constexpr(4):
-                        totals[e, f, turn] = total[e]
-        # No CTA ends while another may still read its sums. To arrive takes as long as all stores before it, so those
-        # to global memory come after.
-        cute.arch.cluster_arrive()
-        for turn in cutlass.range_constexpr(turns):
-            token, mine = self._token(turn)
-            if mine:
-                for f, rows in enumerate(firsts):
-                    self.outputs.store_rows([totals[e, f, turn] for e in range(4)], alphas, coord, token, rows)
-        cute.arch.cluster_wait()
+    def expect(self):
+        """Announce what the cluster will send here."""
+        if cutlass.const_expr(self.plan.tile.split > 1):  # noqa: SIM102 (one is static, one dynamic)
+            if self.thread == 0:
+                size = self.mine * (self.plan.tile.n * (self.plan.tile.split - 1) * 4)
+                cute.arch.mbarrier_arrive_and_expect_tx(self.arrived, size)
 
-    def _token(self, turn: int) -> tuple:
-        """This warp's token of a turn, and whether there is one, and rows for this lane."""
-        tile, number = self.plan.tile, turn * self.warps + self.warp
-        token = self.share * self.tokens + number
-        return token, cutlass.and_(cutlass.and_(number < self.tokens, token < tile.m), self.lane * 4 < tile.n)
+    @cute.jit
+    def exchange(self, accumulators):
+        """Each CTA sends its groups' sums to the CTAs that add them up, a share of the tokens each, and keeps its own
+        share. Then it waits for what is sent here: no CTA ends while another may still write to it.
+
+        Asynchronous stores, as a cluster's barrier that orders plain ones is slower; in fours, as each has its price.
+        """
+        tile, row = self.plan.tile, self.outputs.first_row
+        self.barrier.arrive_and_wait()  # the ring, where these sums go, is drained
+        for block, e, place in self._elements(accumulators, self.group):
+            store_shared_f32(place, block[e])
+        self.barrier.arrive_and_wait()
+        if cutlass.const_expr(tile.multicast == 1):
+            cute.arch.cluster_wait()  # all have begun: their barriers are there
+        for first in cutlass.range_constexpr(0, tile.m * self.quads, self.threads):
+            token = (first + self.thread) // self.quads
+            if token < tile.m:
+                places = [self._address(self.partials, g * tile.m + token, row) for g in range(self.groups)]
+                total = self._add_up(places)
+                owner = token // self.tokens
+                if owner == self.share:
+                    store_shared_v4(places[0], [x.bitcast(Int32) for x in total])
+                else:
+                    place = self._received(owner, self.share, token - owner * self.tokens, row)
+                    rank = owner * tile.multicast + self.part
+                    barrier = cluster_address(shared_address(self.arrived), rank)
+                    store_async_v4(cluster_address(place, rank), total, barrier)
+        cute.arch.mbarrier_wait(self.arrived, 0)
+        self.barrier.arrive_and_wait()  # so is what this CTA has kept
+
+    def _received(self, owner: Int32, source: Int32, token: Int32, row: Int32) -> Int32:
+        """Where the CTA ``owner`` has the sums that ``source`` sent it: it sends itself none."""
+        slot = source - cutlass.select_(source > owner, 1, 0)
+        return self._address(self.totals, slot * self.tokens + token, row)
+
+    @cute.jit
+    def store(self, alphas, coord: TileCoord):
+        """Add up this CTA's share of the tokens, and store it."""
+        row, begin = self.outputs.first_row, self.share * self.tokens
+        for first in cutlass.range(0, self.tokens * self.quads, self.threads, unroll=2):
+            token = (first + self.thread) // self.quads
+            if token < self.mine:
+                own = self._address(self.partials, begin + token, row)
+                total = self._add_up(
+                    [
+                        cutlass.select_(source == self.share, own, self._received(self.share, source, token, row))
+                        for source in range(self.plan.tile.split)
+                    ]
+                )
+                self.outputs.store_rows(total, alphas, coord, begin + token)

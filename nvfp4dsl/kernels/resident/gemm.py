@@ -40,8 +40,15 @@ class ResidentGemm(StreamGemm):
         jobs = cutlass.min(row_tiles, cutlass.max(max_ctas // self.plan.tile.split, 1))
         return cutlass.max(jobs, cute.ceil_div(row_tiles, most_tiles(self.plan.tile)))
 
-    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, smem: dict, warp: Int32, lane: Int32) -> None:
-        plan, job = self.plan, Job(self.plan, mCodes)
+    def places(self, jobs: Int32, times: Int32, max_ctas: Int32) -> Int32:
+        """One an SM: an SM without a CTA of this kernel would get two of the next. Those past the last job repeat the
+        first ones and store nothing. Where more than half of the SMs have none, the next kernel's go there."""
+        most = max_ctas // self.plan.tile.split
+        enough = cutlass.or_(jobs * times >= most, 2 * jobs < most)
+        return Int32(cutlass.select_(enough, jobs, most))
+
+    def work(self, mX, mCodes, mScales, mAlpha, mBias, mY, jobs: Int32, smem: dict, warp: Int32, lane: Int32) -> None:
+        plan, job = self.plan, Job(self.plan, mCodes, jobs)
         work = Work(job, warp)
         weights = WeightStream(plan, job, work, mCodes, mScales, smem, warp, lane)
         tokens = (DiagonalTokens if diagonal(plan.tile) else Tokens)(plan, job, mX, smem, warp, lane)

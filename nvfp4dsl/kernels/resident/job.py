@@ -10,10 +10,11 @@ from nvfp4dsl.config.resident import WARPS, chunk_steps
 class Job:
     """This CTA's row tiles and chunks of K."""
 
-    def __init__(self, plan, mCodes: cute.Tensor):
+    def __init__(self, plan, mCodes: cute.Tensor, jobs: Int32):
         split = plan.tile.split
         block, self.token_tile, self.batch = cute.arch.block_idx()
-        number, self.rank, jobs = block // split, block % split, cute.arch.grid_dim()[0] // split
+        place, self.rank = block // split, block % split
+        number, self.stores = place % jobs, place < jobs  # others repeat what the first do
         self.chunk_steps = chunk_steps(plan)
         row_tiles, self.steps = mCodes.shape[1], mCodes.shape[2]
         self.first_tile = row_tiles * number // jobs

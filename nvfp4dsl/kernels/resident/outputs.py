@@ -130,7 +130,7 @@ class Outputs:
         mY, mBias = self.mY, self.mBias
         token, local = output // self.columns, output % self.columns
         column = self.job.first_tile * FRAGMENT_ROWS + local
-        if column < mY.shape[2]:
+        if self.job.stores and column < mY.shape[2]:
             alpha = load_shared_f32(self.factors + local * 4) * Float32(2.0**-self.exponent)
             value = total * alpha
             if cutlass.const_expr(self.plan.spec.bias is not None):
