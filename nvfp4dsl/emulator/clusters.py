@@ -114,7 +114,10 @@ class ClusterBarriers:
         return self.due.pop(warp)[1]
 
     def exits(self, warp: int) -> None:
-        """All threads of a warp have exited."""
+        """All threads of a warp have exited. PTX counts it as arrived; of one that has arrived, and not waited, it does
+        not say whether it counts twice."""
+        if warp in self.due:
+            raise ClusterMisuse("a warp exits that has arrived at the cluster barrier and not waited", warp=warp)
         barrier = self._of(warp)
         barrier.live.discard(warp)
         self._settle(barrier)

@@ -17,7 +17,7 @@ from nvfp4dsl.kernels.mainloops.mixed_input import MixedInputMainloop
 from nvfp4dsl.kernels.mainloops.wgmma import WgmmaMainloop
 from nvfp4dsl.kernels.mixed_input.consumer import Consumer
 from nvfp4dsl.kernels.mixed_input.epilogue import STORE_ROW_BYTES, FactorPrefetch, TransposedEpilogue
-from nvfp4dsl.kernels.mixed_input.ring import PRODUCERS, Producer, Ring, Stream
+from nvfp4dsl.kernels.mixed_input.ring import PRODUCERS, Producer, Ring, Stream, wait_for_cluster
 from nvfp4dsl.kernels.mixed_input.sums import PartialSums
 from nvfp4dsl.kernels.schedule import PersistentSchedule, TileCoord
 from nvfp4dsl.kernels.swizzle import tile_layout
@@ -138,6 +138,7 @@ class MixedInputGemm(W4A16Gemm):
                     Producer(plan, schedule, ring, streams[i], tokens, part).run(*ranges)
             if warp == consumer_warps + PRODUCERS:
                 FactorPrefetch(plan, schedule, mAlpha, mBias, mY, lane).run(*ranges[:2])
+            wait_for_cluster(plan)
         else:
             cute.arch.setmaxregister_increase(plan.registers[0])
             schedule, *ranges = self._work(mY, steps, part, share)

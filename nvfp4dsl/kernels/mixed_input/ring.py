@@ -37,7 +37,7 @@ class Ring:
             cute.arch.cluster_wait()
         else:
             if cutlass.const_expr(self.plan.tile.split > 1):
-                cute.arch.cluster_arrive_relaxed()  # who sends sums waits for it
+                cute.arch.cluster_arrive_relaxed()
             cute.arch.sync_threads()
 
     def slot(self, count: Int32) -> tuple[Int32, Int32]:
@@ -75,6 +75,13 @@ class Ring:
                 cute.arch.mbarrier_arrive(empty, peer)
             else:
                 cute.arch.mbarrier_arrive(empty)
+
+
+def wait_for_cluster(plan: Plan) -> None:
+    """Until all CTAs of a split have their barriers: before anything is sent to one, and before any warp exits. PTX has
+    warps that exit count as arrived, and does not say what that makes of one that has arrived already."""
+    if plan.tile.split > 1 and plan.tile.multicast == 1:
+        cute.arch.cluster_wait()
 
 
 @dataclass(frozen=True)

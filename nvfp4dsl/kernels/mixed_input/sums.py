@@ -18,6 +18,7 @@ from nvfp4dsl.kernels.instructions import (
     store_shared_v4,
 )
 from nvfp4dsl.kernels.mainloops.mixed_input import WarpPlace
+from nvfp4dsl.kernels.mixed_input.ring import wait_for_cluster
 from nvfp4dsl.kernels.schedule import TileCoord
 
 #: named barrier of all consumers; 1 and 2 are the epilogue's.
@@ -105,8 +106,7 @@ class PartialSums:
         for block, e, place in self._elements(accumulators, self.group):
             store_shared_f32(place, block[e])
         self.barrier.arrive_and_wait()
-        if cutlass.const_expr(tile.multicast == 1):
-            cute.arch.cluster_wait()  # all have begun: their barriers are there
+        wait_for_cluster(self.plan)
         for first in cutlass.range_constexpr(0, tile.m * self.quads, self.threads):
             token = (first + self.thread) // self.quads
             if token < tile.m:

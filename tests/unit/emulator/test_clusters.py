@@ -111,7 +111,7 @@ WRONG = {
         SYNC + "st.shared::cluster.b32 [%r7], %r0;", faults.AbsentPeer, EXIT,
     ),
     "an arrival without a wait at the end": (
-        WRITE_OWN + SYNC + READ_PEER + "barrier.cluster.arrive.aligned;", faults.AbsentPeer, EXIT,
+        WRITE_OWN + SYNC + READ_PEER + "barrier.cluster.arrive.aligned;", faults.ClusterMisuse, "and not waited",
     ),
     "two stores to one word": (
         SYNC + WRITE_OWN + "st.shared::cluster.b32 [%r7], %r0;" + SYNC, faults.DataRace, "overwrites shared address",
