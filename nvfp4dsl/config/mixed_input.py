@@ -125,14 +125,13 @@ def consumers(tile: TileConfig) -> int:
     return k_groups(tile) * row_groups(tile) * token_groups(tile)
 
 
-def most_stages(tile: TileConfig) -> int:
-    """Stages of the ring that are of use."""
-    return max(STAGE_ROWS // tile.n, least_stages(tile))
-
-
-def least_stages(tile: TileConfig) -> int:
-    """Each group of warps keeps a stage until it has the next, and there must be a next one that none of them keeps."""
-    return max(MIN_STAGES, k_groups(tile) + 1)
+def stage_counts(tile: TileConfig) -> range:
+    """Stages that the ring may have. Groups of warps that share K have stages of their own, or one could wait for what
+    comes into a stage next while another waits for what is due there, and an mbarrier's parity would not tell them
+    apart. Each keeps one until it has the next, so has two at least."""
+    groups = k_groups(tile)
+    least = 2 * groups if groups > 1 else MIN_STAGES
+    return range(least, max(STAGE_ROWS // tile.n, least) + 1, groups)
 
 
 def partial_pitch(tile: TileConfig) -> int:
@@ -205,9 +204,11 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
         )
     if tile.mainloop == "hmma" and registers == MAX_ACCUMULATORS and tile.k > FRAGMENT_K:
         reasons.append(f"{registers} accumulator registers a thread leave HMMA those for steps of {FRAGMENT_K} k only")
-    return reasons + stage_reasons(
-        tile, target, lambda s: total_bytes(smem_fields(spec, tile, s, 1)), most_stages(tile), least_stages(tile)
-    )
+    counts = stage_counts(tile)
+    if tile.stages in range(counts[0], counts[-1]) and tile.stages not in counts:
+        reasons.append(f"{tile.stages} stages: {k_groups(tile)} groups of warps share them evenly")
+    need = lambda stages: total_bytes(smem_fields(spec, tile, stages, 1))  # noqa: E731
+    return reasons + stage_reasons(tile, target, need, counts[-1], counts[0])
 
 
 def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
@@ -217,7 +218,7 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
     def fits(stages: int, epilogue_stages: int) -> bool:
         return total_bytes(smem_fields(spec, tile, stages, epilogue_stages)) <= target.smem_per_block
 
-    stages = tile.stages or max(s for s in range(least_stages(tile), most_stages(tile) + 1) if fits(s, 1))
+    stages = tile.stages or max(s for s in stage_counts(tile) if fits(s, 1))
     epilogue_stages = 2 if fits(stages, 2) else 1
     steps = tile.n // FRAGMENT_ROWS * (tile.k // FRAGMENT_K)
     return Plan(

@@ -27,7 +27,7 @@ class Operation:
     ``knowledge`` is what happened before its issue; ``event`` numbers it within its agents; ``steps`` are what it still
     has to do, once ``after`` is done. A store's first step reads its source: ``read_done`` from then on. Faults call it
     ``subject``. ``generic`` says that its accesses go through the generic proxy. ``uses`` are the CTAs whose shared
-    memory a load needs until it is done.
+    memory a load needs until it is done. A ``late`` one does its first step when nothing else can happen.
     """
 
     cta: int
@@ -44,6 +44,7 @@ class Operation:
     subject: str = "the asynchronous copy"
     generic: bool = False
     uses: frozenset[int] = frozenset()
+    late: bool = False
 
     @property
     def done(self) -> bool:
@@ -110,10 +111,12 @@ class Groups:
 
 
 class AsyncCopies:
-    """All copies in flight of the resident CTAs."""
+    """All copies in flight of the resident CTAs; of those that begin, a share of ``lateness`` are late."""
 
-    def __init__(self, clocks: Clocks, on_change: Callable[[], None]) -> None:
-        self.clocks, self.on_change = clocks, on_change
+    def __init__(
+        self, clocks: Clocks, on_change: Callable[[], None], rng: np.random.Generator, lateness: float
+    ) -> None:
+        self.clocks, self.on_change, self.rng, self.lateness = clocks, on_change, rng, lateness
         self.in_flight: list[Operation] = []
         self.current: Operation | None = None  # the copy whose step is being done
         self.count = 0
@@ -155,15 +158,21 @@ class AsyncCopies:
 
     def begin(self, operation: Operation) -> Operation:
         """Count an operation among those in flight."""
+        operation.late = self.rng.random() < self.lateness
         self.in_flight.append(operation)
         self.count += 1
         self.on_change()
         return operation
 
-    def advance(self, rng: np.random.Generator) -> Operation:
-        """Let one copy, chosen at random, do its next step."""
+    def advance(self, idle: bool) -> bool:
+        """Let one copy, chosen at random, do its next step; a late one only if all are, and the machine is ``idle``.
+        Whether there may be more to do at once: not after a late one, or others would be less late."""
         free = [o for o in self.in_flight if o.after is None or o.after.done]
-        self.current = operation = free[int(rng.integers(len(free)))]
+        soon = [o for o in free if not o.late] or (free if idle else [])
+        if not soon:
+            return False
+        self.current = operation = soon[int(self.rng.integers(len(soon)))]
+        late, operation.late = operation.late, False
         step = operation.steps.pop(0)
         operation.read_done = True
         if operation.done:
@@ -171,7 +180,7 @@ class AsyncCopies:
             operation.after = None
         self.on_change()
         step(operation)
-        return operation
+        return not late
 
     # --- the end
 

@@ -85,13 +85,15 @@ class Machine:
         self.register_requests: dict[int, list[int]] = {}
         self.elect_from = int(rng.integers(LANES))
         self.eagerness = float(rng.choice([0.0, 0.02, 0.2]))
+        # Copies may overtake each other by any distance, but random choices alone hardly ever hold one back for long.
+        lateness = float(rng.choice([0.0, 0.05]))
 
         self.clocks = Clocks(len(ctas), self.warps_per_cta, int(np.prod(launch.cluster)))
         self.params = ParamMemory(kernel, launch)
         symbols, static_bytes = symbols_of(kernel, self.params)
         self.shared = SharedMemory(self.clocks, len(ctas), static_bytes + launch.smem_bytes, self._line)
         self.mbarriers = Mbarriers(self.clocks, self.shared, self.note_change)
-        self.copies = AsyncCopies(self.clocks, self.note_change)
+        self.copies = AsyncCopies(self.clocks, self.note_change, rng, lateness)
         self.bars = NamedBarriers(self.clocks, threads)
         self.cluster_barriers = ClusterBarriers(self.clocks, self.warp_count, self.note_change)
         specials = special_registers(kernel, launch, ctas, first_cta, symbols)
@@ -152,11 +154,11 @@ class Machine:
             if ready.size:
                 self._burst(self._choose(ready))
                 if self.copies.in_flight and self.rng.random() < self.eagerness:
-                    self._advance_copy()
+                    self._advance_copy(idle=False)
             elif self.copies.in_flight:
                 for _ in range(int(self.rng.integers(1, len(self.copies.in_flight) + 1))):
-                    if self.copies.in_flight:
-                        self._advance_copy()
+                    if not self.copies.in_flight or not self._advance_copy(idle=True):
+                        break
             elif not self.waits:
                 break
             else:
@@ -236,14 +238,16 @@ class Machine:
         self.warps.state[wait.warp, wait.mask] = 0
         self.warps.refresh(np.array([wait.warp]))
 
-    def _advance_copy(self) -> None:
+    def _advance_copy(self, idle: bool) -> bool:
+        """Let a copy do a step; whether there may be more to do at once."""
         try:
-            self.copies.advance(self.rng)
+            return self.copies.advance(idle)
         except Fault as fault:
             operation = self.copies.current
             assert operation is not None
             fault.warp = operation.warp if fault.warp is None else fault.warp
             self.tolerated(fault, operation.pc)
+            return True
 
     def _time_out(self, rounds: int) -> None:
         """Nothing can run: let timed waits fail, unless that has not helped before."""

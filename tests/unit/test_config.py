@@ -92,8 +92,11 @@ def test_illegal_tiles_say_why(tile, words):
         (TileConfig(96, 64, 128), ["96x64x128", "up to 64 tokens"]),
         (TileConfig(16, 64, 64), ["16x64x64", "K=128"]),
         # groups of warps that share K wait for each other for ever where each keeps a stage and there is no other
-        (TileConfig(16, 128, 128, stages=2), ["2 stages", "3 to 8"]),
-        (TileConfig(16, 64, 128, stages=4), ["4 stages", "5 to 16"]),
+        (TileConfig(16, 128, 128, stages=2), ["2 stages", "4 to 8"]),
+        (TileConfig(16, 64, 128, stages=4), ["4 stages", "8 to 16"]),
+        # and must not meet in a stage
+        (TileConfig(16, 128, 128, stages=5), ["5 stages", "2 groups"]),
+        (TileConfig(64, 64, 128, split=2, stages=10), ["10 stages", "4 groups"]),
         (TileConfig(256, 128, 64, split=2), ["shared memory"]),
         (TileConfig(16, 128, 128, split=9), ["split=9"]),
     ],

@@ -32,9 +32,11 @@ class Consumer:
             # Now, and not waited for until the tile is multiplied: behind its weights they would take as long as they.
             alphas = self.outputs.load_alphas(self.schedule.coord(index))
             self.mainloop.clear(accumulators)
-            stage, phase = self.ring.slot(begun + self.group)
+            # groups take the ring's stages in turn, not the tile's: each has its own (config.mixed_input.stage_counts)
+            own = (self.group + groups - begun % groups) % groups
+            stage, phase = self.ring.slot(begun + own)
             before = stage
-            for k in cutlass.range(self.group, count, turn * groups, unroll=1):
+            for k in cutlass.range(own, count, turn * groups, unroll=1):
                 unit = 0
                 for i in cutlass.range_constexpr(turn):
                     self.ring.wait_full(stage, phase)
@@ -44,7 +46,7 @@ class Consumer:
                     stage, phase = self.ring.advance(stage, phase, groups)
             self.mainloop.finish(accumulators)
             if cutlass.const_expr(self.mainloop.asynchronous):
-                self.ring.release(before, count > self.group)
+                self.ring.release(before, count > own)
             begun += count
             coord = self.schedule.coord(index)
             if cutlass.const_expr(self.plan.tile.split > 1):

@@ -98,6 +98,47 @@ def test_right_in_any_order(seed):
     np.testing.assert_array_equal(pipeline(seed=seed), EXPECTED)
 
 
+# Barriers 0 and 1 at 0 and 8, what is copied at 128 and 256. The first copy is asked for, then many others, one after
+# the other.
+OVERTAKEN = """
+    mov.u32 %r1, smem;
+    setp.ne.u32 %p0, %r0, 0;
+    @%p0 bra END;
+    mbarrier.init.shared.b64 [%r1], 1;
+    mbarrier.init.shared.b64 [%r1+8], 1;
+    fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 128;
+    cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r1+128], [%src], 128, [%r1];
+    mov.b32 %r2, 0;
+    mov.b32 %r4, 0;
+NEXT:
+    mbarrier.arrive.expect_tx.shared.b64 _, [%r1+8], 128;
+    cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r1+256], [%src], 128, [%r1+8];
+WAIT:
+    mbarrier.try_wait.parity.shared.b64 %p3, [%r1+8], %r4;
+    @!%p3 bra WAIT;
+    xor.b32 %r4, %r4, 1;
+    add.s32 %r2, %r2, 1;
+    setp.lt.u32 %p5, %r2, 24;
+    @%p5 bra NEXT;
+    mbarrier.test_wait.parity.shared.b64 %p3, [%r1], 0;
+    selp.b32 %r5, 1, 2, %p3;
+    st.global.b32 [%out], %r5;
+WAIT_FIRST:
+    mbarrier.try_wait.parity.shared.b64 %p3, [%r1], 0;
+    @!%p3 bra WAIT_FIRST;
+END:
+"""
+
+
+def test_a_copy_may_be_overtaken_by_many_that_were_asked_for_later():
+    seen = set()
+    for seed in range(200):
+        out, _ = execute(OVERTAKEN, {"src": SOURCE}, outputs={"out": np.zeros(1, np.uint32)}, block=32, seed=seed)
+        seen.add(int(out["out"][0]))
+    assert seen == {1, 2}
+
+
 EDITS = {
     "more bytes expected than come": (
         "_, [%r5], 128;", "_, [%r5], 144;",
