@@ -38,9 +38,9 @@ STEP_US = {
     (192, 128): 0.430,
     (256, 128): 0.600,
 }
-#: H200, microseconds: of a call; what it takes more where all SMs work, which is as the square of their share; of a
-#: tile; of 16384 outputs of it; and of these where CTAs share K.
-LAUNCH_US, BUSY_US, TILE_US, OUTPUT_US, SHARED_OUTPUT_US = 0.2, 2.1, 1.2, 1.1, 3.0
+#: H200, microseconds: of a call; what it takes more where all SMs work; of a tile; of 16384 outputs of it, and what
+#: these take more where CTAs share K.
+LAUNCH_US, BUSY_US, TILE_US, OUTPUT_US, SHARED_OUTPUT_US = 0.2, 2.1, 1.2, 1.1, 1.9
 #: H200, CTAs that run at a time, of 132, by the size of their clusters: not every group of SMs is a multiple of it.
 RESIDENT = {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120}
 #: H200, bytes a microsecond from L2 to all SMs.
@@ -62,12 +62,17 @@ def estimate_us(tile: TileConfig, m: int, n: int, k: int, sms: int) -> float:
     if tile.split > 1 and tiles > at_a_time:
         return math.inf
     steps = ceil_div(k, tile.k * tile.split) * (tile.k // FRAGMENT_K)
-    output_us = tile.m * tile.n / 16384 * (SHARED_OUTPUT_US if tile.split > 1 else OUTPUT_US)
-    round_us = steps * STEP_US[tile.m, tile.n] + TILE_US + output_us
-    busy, rounds = min(tiles * tile.split / sms, 1.0), ceil_div(tiles, at_a_time)
+    round_us = steps * STEP_US[tile.m, tile.n] + TILE_US
+    round_us += tile.m * tile.n / 16384 * (OUTPUT_US + (SHARED_OUTPUT_US if tile.split > 1 else 0.0))
+    rounds = ceil_div(tiles, at_a_time)
     # of a single round, steps were measured as reads let them be
     read_us = tiles * k * (tile.n * 9 / 16 + tile.m * 2 / tile.multicast) / L2_BYTES_PER_US if rounds > 1 else 0.0
-    return LAUNCH_US + BUSY_US * busy**2 + max(rounds * round_us, read_us + TILE_US)
+    return launch_us(tiles * tile.split / sms) + max(rounds * round_us, read_us + TILE_US)
+
+
+def launch_us(ctas: float) -> float:
+    """What a call takes before its CTAs, so many an SM, have data: the more of them start, the longer each waits."""
+    return LAUNCH_US + BUSY_US * min(ctas, 1.0) ** 2
 
 
 def choose(m: int, n: int, k: int, sms: int) -> TileConfig:

@@ -19,13 +19,12 @@ NVFP4_BYTES = 0.5 + 1 / BLOCK
 MEMORY_EFFICIENCY = 0.9
 #: share of the dense bf16 peak that cuBLAS reaches (790 of 989 TFLOP/s on an H200).
 BF16_EFFICIENCY = 0.8
-#: share of the tensor pipe's rate, and of issue slots, that main loops reach (wgmma kernels on an H200).
-TENSOR_EFFICIENCY, ISSUE_EFFICIENCY = 0.975, 0.54
+#: share of the tensor pipe's rate, and of issue slots, that main loops reach: wgmma kernels on an H200, and HMMA.
+TENSOR_EFFICIENCY, HMMA_EFFICIENCY, ISSUE_EFFICIENCY = 0.975, 0.925, 0.54
 #: GHz that a card holds under tensor load, where that is known to be less than its boost clock.
 LOAD_CLOCK_GHZ = {"H200": 1.755}
-#: microseconds of a call that moves nothing in a graph of such calls; from then until the first loads have landed; what
-#: an output tile takes besides its loop and its stores; what adding sums of split K takes, and again for each 16 Ki.
-LAUNCH_US, FILL_US, TILE_US, SPLIT_US = 1.1, 1.1, 1.2, 0.6
+#: microseconds of a bf16 GEMM's call before its first loads have landed.
+BF16_LAUNCH_US = 2.2
 #: bytes of output that a multiprocessor stores a cycle, bytes that it draws from L2 while all of them do.
 STORE_BYTES_PER_CLOCK, L2_BYTES_PER_CLOCK = 16, 33
 #: largest M that the search for the point where bf16 overtakes looks at.
@@ -76,8 +75,8 @@ def predict(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) 
         InspectError: the rate of the kernel's MMA is unknown.
     """
     parts = _parts(report, plan, device, m, n, k)
-    total, bf16 = _total_us(parts), bf16_us(device, m, n, k)
     tiles, ctas, waves = _waves(plan, device, m, n)
+    total, bf16 = _total_us(parts, ctas, device), bf16_us(device, m, n, k)
     return Prediction(
         device=device.name,
         m=m,
@@ -102,11 +101,11 @@ def bf16_us(device: Device, m: int, n: int, k: int) -> float:
     """The same problem with bf16 weights, by a GEMM that reaches the usual share of the card's peaks."""
     memory = 2 * (m * k + n * k + m * n) / (device.memory_gbps * MEMORY_EFFICIENCY) * 1e-3
     compute = 2 * m * n * k / (device.bf16_tflops * BF16_EFFICIENCY) * 1e-6
-    return LAUNCH_US + FILL_US + max(memory, compute)
+    return BF16_LAUNCH_US + max(memory, compute)
 
 
-def _total_us(parts: dict[str, float]) -> float:
-    return LAUNCH_US + FILL_US + max(parts.values())
+def _total_us(parts: dict[str, float], ctas: int, device: Device) -> float:
+    return wgmma.launch_us(ctas / device.sms) + max(parts.values())
 
 
 def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -> dict[str, float]:
@@ -118,17 +117,20 @@ def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -
     resident = ceil_div(ctas, device.sms)
     mmas = tile.m * tile.n * round_up(ceil_div(k, tile.split), tile.k) / math.prod(report.mma_shape) / report.mma_pipes
     issue = report.bounds["issue"] / report.bounds["tensor"] * report.mma_cycles / ISSUE_EFFICIENCY
-    cycles = report.cycles_per_mma_with(resident)
+    cycles, efficiency = report.cycles_per_mma_with(resident), TENSOR_EFFICIENCY
     if report.mma.startswith("HMMA"):
         cycles = max(cycles, hmma.mma_cycles(device))  # GeForce cards have half the rate of their instruction set
-    loop = resident * mmas * max(cycles / TENSOR_EFFICIENCY, issue)
+        efficiency = HMMA_EFFICIENCY
+    loop = resident * mmas * max(cycles / efficiency, issue)
     outputs = resident * tile.m * tile.n
     store = max(outputs * FLOAT_BYTES[plan.spec.out_dtype] / STORE_BYTES_PER_CLOCK, report.tile_overhead_cycles)
-    wave = (loop + store) / clock * 1e-3 + TILE_US + (SPLIT_US * (1 + outputs / 16384) if tile.split > 1 else 0)
+    sums_us = wgmma.SHARED_OUTPUT_US * outputs / 16384 if tile.split > 1 else 0.0
+    wave = (loop + store) / clock * 1e-3 + wgmma.TILE_US + sums_us
     operands = tasks / tile.split * (_x_bytes(plan.spec, tile.m, k) / tile.multicast + tile.n * k * NVFP4_BYTES)
     return {
         "compute": waves * wave,
-        "l2": operands / (device.sms * L2_BYTES_PER_CLOCK * clock) * 1e-3 + TILE_US,
+        # on an H200 never the limit of a single wave, whose CTAs all read the same tokens at about the same time
+        "l2": operands / (device.sms * L2_BYTES_PER_CLOCK * clock) * 1e-3 + wgmma.TILE_US if waves > 1 else 0.0,
         "memory": _bytes(plan.spec, m, n, k) / (device.memory_gbps * MEMORY_EFFICIENCY) * 1e-3,
     }
 
@@ -156,7 +158,8 @@ def _overtaken(report: Report, plan: Plan, device: Device, n: int, k: int) -> in
     """Least multiple of the tile's M from which on bf16 stays ahead, looked for by doubling and halving."""
 
     def behind(m: int) -> bool:
-        return _total_us(_parts(report, plan, device, m, n, k)) > bf16_us(device, m, n, k)
+        ctas = _waves(plan, device, m, n)[1]
+        return _total_us(_parts(report, plan, device, m, n, k), ctas, device) > bf16_us(device, m, n, k)
 
     step, high = plan.tile.m, plan.tile.m
     while high <= MAX_M and not behind(high):
