@@ -28,7 +28,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from nvfp4dsl import jit
-from nvfp4dsl.errors import NVFP4Error, TargetError
+from nvfp4dsl.errors import NVFP4Error, StuckDeviceError, TargetError
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ DIRTY = "-dirty"
 GRAPH_US = 1500.0  # long enough for the start of a graph, some microseconds, to be lost in it
 MIN_ROTATION = 2
 CYCLES_PER_US = 2000  # at most: what a multiprocessor counts while it sleeps
+STUCK_S = 60.0  # what takes so long hangs: the longest comparison takes a tenth of it
 
 
 class MissingPeerError(NVFP4Error, ImportError):
@@ -179,6 +180,7 @@ def compare(
     Raises:
         TargetError: there is no CUDA device.
         ValueError: two peers have one name.
+        StuckDeviceError: a peer's kernel hangs, so that nothing more can be measured.
     """
     require_device()
     peers = list(peers)
@@ -213,6 +215,8 @@ def _enter(peer: Peer[Problem], problem: Problem, graph_us: float) -> Result | t
         return Result(MISSING, message=str(error))
     except WrongResultError as error:
         return Result(WRONG, error.error, message=str(error))
+    except StuckDeviceError as error:
+        raise StuckDeviceError(f"{peer.name} on {problem}: {error}") from error
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
@@ -231,7 +235,7 @@ class Chain:
         with torch.cuda.stream(stream):
             for call in calls:  # compiles, loads and allocates what must not be captured
                 call()
-        stream.synchronize()
+            drain()
         self._head_start_us = 0.0
         self._capture(calls, passes=1)
         if graph_us > 0:
@@ -272,7 +276,7 @@ class Chain:
         end.record()
 
         def wait() -> float:
-            end.synchronize()
+            await_event(end)
             return start.elapsed_time(end) * 1e3 / self.calls
 
         return wait
@@ -283,7 +287,7 @@ class Chain:
             if output is not None:
                 output.fill_(math.nan)
         self._graph.replay()
-        torch.cuda.synchronize()
+        drain()
         return list(self._outputs)
 
 
@@ -297,8 +301,28 @@ def _time(chains: dict[str, Chain], rounds: int) -> dict[str, list[float]]:
     for order in turns(len(names), rounds):
         for index in order:
             waits[names[index]].append(chains[names[index]].enqueue())
-    torch.cuda.synchronize()
+    drain()
     return {name: [wait() for wait in pending] for name, pending in waits.items()}
+
+
+def drain(limit_s: float = STUCK_S) -> None:
+    """Waits until the current stream has done what was launched.
+
+    Raises:
+        StuckDeviceError: it has not after ``limit_s`` seconds.
+    """
+    end = torch.cuda.Event()
+    end.record()
+    await_event(end, limit_s)
+
+
+def await_event(event: torch.cuda.Event, limit_s: float = STUCK_S) -> None:
+    """As :func:`drain`, until ``event``, which was recorded. A wait inside the driver could not be given up."""
+    deadline = time.monotonic() + limit_s
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise StuckDeviceError(f"the device has not ended what was launched {limit_s:g} s ago: a kernel hangs")
+        time.sleep(1e-4)
 
 
 def host_us(call: Call, samples: int = 10_000, batch: int = 64) -> float:

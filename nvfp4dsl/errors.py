@@ -65,5 +65,10 @@ class LaunchError(NVFP4Error, RuntimeError):
     """A compiled kernel could not be launched."""
 
 
+class StuckDeviceError(NVFP4Error, TimeoutError):
+    """What was launched does not end. The process can do no more with its device, and must end by ``os._exit``: an
+    ordinary exit waits for the device."""
+
+
 class EmulationError(NVFP4Error, RuntimeError):
     """Base of every fault the emulator reports (:mod:`nvfp4dsl.emulator.faults`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nvfp4dsl.config import FLOAT_BYTES, TILES
-from nvfp4dsl.errors import NVFP4Error
+from nvfp4dsl.errors import NVFP4Error, StuckDeviceError
 from nvfp4dsl.targets import TARGETS
 
 JSON_META = "nvfp4dsl.json"
@@ -49,6 +50,8 @@ class Group(click.Group):
                 click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
             else:
                 click.echo(f"{type(error).__name__}: {error}", err=True)
+            if isinstance(error, StuckDeviceError):
+                os._exit(1)  # an ordinary exit waits for the device
             ctx.exit(1)
 
 

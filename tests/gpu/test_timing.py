@@ -12,6 +12,7 @@ from nvfp4dsl.autotune.measure import FAILED, OK, WRONG, WrongResultError
 from nvfp4dsl.autotune.peers import Linear, Weights, weight_bytes
 from nvfp4dsl.autotune.peers.libraries import Cublas
 from nvfp4dsl.autotune.peers.stream import Stream
+from nvfp4dsl.errors import StuckDeviceError
 
 
 class Copies:
@@ -42,6 +43,13 @@ class Synchronises(Copies):
 
     def setup(self, problem: torch.Tensor) -> list[measure.Call]:
         return [lambda: problem + problem.sum().item()]
+
+
+def test_what_does_not_end_in_time_is_an_error():
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    with pytest.raises(StuckDeviceError):
+        measure.drain(0.05)
+    measure.drain()
 
 
 def test_the_outputs_of_the_graph_are_what_is_checked():

@@ -2,6 +2,7 @@
 
 import json
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import nvfp4dsl as nv
 from nvfp4dsl import reference
-from nvfp4dsl.cli import main
+from nvfp4dsl.cli import main, output
+from nvfp4dsl.errors import StuckDeviceError
 from nvfp4dsl.testing import bits_differing, relative_error
 
 
@@ -22,6 +24,22 @@ def invoke(*args, status=0):
 
 def as_json(*args, status=0):
     return json.loads(invoke(*args, "--json", status=status))
+
+
+def test_a_device_that_hangs_is_not_waited_for(monkeypatch):
+    @click.group(cls=output.Group)
+    def group():
+        pass
+
+    @group.command()
+    def hang():
+        raise StuckDeviceError("it hangs")
+
+    left = []
+    monkeypatch.setattr(output.os, "_exit", left.append)
+    result = CliRunner().invoke(group, ["hang"])
+    assert "StuckDeviceError: it hangs" in result.output
+    assert left == [1]
 
 
 @pytest.mark.parametrize("target", ["sm_120a", "sm_121a"])

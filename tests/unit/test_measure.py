@@ -25,7 +25,7 @@ from nvfp4dsl.autotune.peers.stream import ReaderTile, Stream, as_bytes, reader,
 from nvfp4dsl.autotune.report import Goal
 from nvfp4dsl.cli import main
 from nvfp4dsl.emulator.capture import capture
-from nvfp4dsl.errors import OperandError, TargetError
+from nvfp4dsl.errors import OperandError, StuckDeviceError, TargetError
 
 H200_L2 = 60 << 20
 
@@ -122,6 +122,7 @@ def turns(monkeypatch):
     monkeypatch.setattr(measure, "Chain", Chained)
     monkeypatch.setattr(measure, "require_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "drain", lambda: None)
     return Chained.log
 
 
@@ -166,6 +167,20 @@ def test_checking_alone_times_nothing(turns):
     results = measure.compare([Scripted("a"), Scripted("b", value=9.0)], 4, timed=False)
     assert [(r.status, r.timing) for r in results.values()] == [(OK, None), (WRONG, None)]
     assert not turns
+
+
+class Never:
+    """Stands for an event of a stream whose kernel hangs."""
+
+    def query(self):
+        return False
+
+
+def test_a_device_that_hangs_ends_the_comparison_and_names_the_peer(turns):
+    with pytest.raises(StuckDeviceError, match=r"0\.01 s ago: a kernel hangs"):
+        measure.await_event(Never(), 0.01)
+    with pytest.raises(StuckDeviceError, match=r"stuck on 4: .* hangs"):
+        measure.compare([Scripted("right"), Scripted("stuck", raises=StuckDeviceError("it hangs"))], 4)
 
 
 def test_two_peers_of_one_name_are_refused(turns):
