@@ -42,7 +42,7 @@ DIRTY = "-dirty"
 GRAPH_US = 1500.0  # long enough for the start of a graph, some microseconds, to be lost in it
 MIN_ROTATION = 2
 CYCLES_PER_US = 2000  # at most: what a multiprocessor counts while it sleeps
-STUCK_S = 60.0  # what takes so long hangs: the longest comparison takes a tenth of it
+STUCK_S = 60.0  # what takes so long hangs: graphs are made to take milliseconds
 
 
 class MissingPeerError(NVFP4Error, ImportError):

@@ -150,6 +150,12 @@ def store_tokens(spec: GemmSpec, tile: TileConfig) -> int:
     return next(tokens for tokens in (64, 32, 16) if tokens <= most and group_tokens(tile) % tokens == 0)
 
 
+def stage_bytes(tile: TileConfig) -> int:
+    """Tokens, codes and scales of a stage."""
+    steps = tile.n // FRAGMENT_ROWS * (tile.k // FRAGMENT_K)
+    return tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES)
+
+
 def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: int) -> tuple[SmemField, ...]:
     """Shared memory: a full and an empty barrier a stage and one for a cluster's sums, the ring, sums of groups and of
     the cluster, and each warpgroup's store buffers."""
@@ -158,7 +164,7 @@ def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: 
     store = store_tokens(spec, tile) * BLOCK_ROWS * FLOAT_BYTES[spec.out_dtype] if through_smem else 0
     pitch, shared = partial_pitch(tile) * 4, tile.split > 1
     partials = (k_groups(tile) if shared else k_groups(tile) - 1) * tile.m * pitch
-    if shared and stages * (tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES)) >= partials:
+    if shared and stages * stage_bytes(tile) >= partials:
         partials = 0  # a CTA has one tile: its ring is drained by then
     fields = (
         SmemField("barriers", (2 * stages + (tile.split > 1)) * MBARRIER_BYTES, MBARRIER_BYTES),
@@ -220,7 +226,6 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
 
     stages = tile.stages or max(s for s in stage_counts(tile) if fits(s, 1))
     epilogue_stages = 2 if fits(stages, 2) else 1
-    steps = tile.n // FRAGMENT_ROWS * (tile.k // FRAGMENT_K)
     return Plan(
         spec=spec,
         tile=replace(tile, stages=stages),
@@ -229,7 +234,7 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
         stages=stages,
         epilogue_stages=epilogue_stages,
         smem=smem_fields(spec, tile, stages, epilogue_stages),
-        transaction_bytes=tile.m * tile.k * 2 + steps * (FRAGMENT_STEP_BYTES + FRAGMENT_SCALE_BYTES),
+        transaction_bytes=stage_bytes(tile),
         threads=(consumers(tile) + 1) * WARPGROUP,
         swapped=True,
         registers=REGISTERS[consumers(tile)],
