@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--tiles", default="", help="also time these tiles, BLOCKSxROWS/THREADS, comma-separated")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--commit", help="of a copy of the sources that git knows nothing of, as `git describe` has it")
     options = parser.parse_args()
     tiles = [QuantizeTile.parse(text) for text in options.tiles.split(",") if text]
 
@@ -132,7 +133,7 @@ def main() -> None:
         return [Copy(), Ours(), Ours(CANONICAL), *(Ours(tile=tile) for tile in tiles), *others]
 
     names = [peer.name for peer in peers()]
-    facts = provenance()
+    facts = provenance(commit=options.commit)
     print(_row("M x K", "global scale", *names, "copy / ours"))
     print(_row("---", "---", *["---:"] * (len(names) + 1)))
     for text, dynamic in itertools.product(options.shapes.split(","), (False, True)):
