@@ -1,9 +1,10 @@
 """Mixed-input tiles (W4A16, more than a few tokens): decoded weights times tokens in shared memory, by WGMMA or HMMA.
 
 A tile is ``m`` tokens x ``n`` rows of the weight: the operands are swapped, so rows are the instruction's M. Consumer
-warpgroups multiply, each in blocks of 64 rows, 16 of them a warp. Two lie side by side along the rows, with all tokens;
-with HMMA, or along the tokens: a warp then has more rows, so that tokens are read from shared memory half as often, and
-weights are decoded twice. With WGMMA and few tokens there are four: two, or with 64 rows all four, share K.
+warpgroups multiply, each in blocks of 64 rows, 16 of them a warp. Two, or three, lie side by side along the rows, with
+all tokens; with HMMA, or along the tokens: a warp then has more rows, so that tokens are read from shared memory half
+as often, and weights are decoded twice. With WGMMA and few tokens there are four: two, or with 64 rows all four, share
+K.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ from nvfp4dsl.targets import Target
 
 #: threads of a warpgroup, and the rows it multiplies at a time (those of one wgmma).
 WARPGROUP, BLOCK_ROWS = 4 * WARP, 64
-#: warpgroups that multiply: two, which take turns at the tensor core and at decoding; four where they share K. With few
-#: tokens a unit's latency is what costs, and more warps hide it.
-CONSUMERS, SHARING_CONSUMERS = 2, 4
+#: warpgroups that multiply: two, which take turns at the tensor core and at decoding, or three where a tile has 192
+#: rows; four where they share K. With few tokens a unit's latency is what costs, and more warps hide it.
+CONSUMERS, MAX_ROW_GROUPS, SHARING_CONSUMERS = 2, 3, 4
 TILE_M, TILE_K = (16, 32, 48, 64, 96, 128, 192, 256), (64, 128)
 #: weight rows of a tile, by inner loop; best first, and so is the order of the loops.
-TILE_N = {"wgmma": (64, 128, 256), "hmma": (64, 128, 256)}
+TILE_N = {"wgmma": (64, 128, 192, 256), "hmma": (64, 128, 256)}
 #: most rows of weights that stages hold together: 72 KiB of weights with steps of 128 k. More of them were slower: the
 #: first requests compete with the end of the kernel before.
 STAGE_ROWS = 1024
-#: fp32 accumulators a thread may hold.
-MAX_ACCUMULATORS = 128
-#: by warpgroups that multiply: registers a thread of theirs and of the producer's warpgroup. The launch gives 168, or
-#: 96 where there are five warpgroups, and the sums must not be above that.
-REGISTERS = {CONSUMERS: (232, 40), SHARING_CONSUMERS: (112, 32)}
+#: fp32 accumulators a thread may hold; how many fewer with three warpgroups, and how many where CTAs add up their sums,
+#: or registers spill.
+MAX_ACCUMULATORS, ROW_GROUPS_RESERVE, SPLIT_RESERVE = 128, 32, 32
+#: by warpgroups that multiply: registers a thread of theirs and of the producer's warpgroup. The launch gives 168, 128
+#: where there are four warpgroups and 96 where there are five, and the sums must not be above that.
+REGISTERS = {CONSUMERS: (232, 40), MAX_ROW_GROUPS: (160, 32), SHARING_CONSUMERS: (112, 32)}
 #: most tokens for which groups share K with WGMMA, and rows: accumulators must leave registers for fragments, and the
 #: groups' sums shared memory for stages.
 MAX_SHARED_TOKENS, MAX_SHARED_ROWS = 64, 128
@@ -100,7 +102,10 @@ def group_tokens(tile: TileConfig) -> int:
 
 def row_groups(tile: TileConfig) -> int:
     """Consumer warpgroups side by side along the rows."""
-    return 1 if token_groups(tile) > 1 or (tile.mainloop == "wgmma" and tile.n == BLOCK_ROWS) else CONSUMERS
+    if token_groups(tile) > 1:
+        return 1
+    blocks = tile.n // BLOCK_ROWS
+    return blocks if tile.mainloop == "wgmma" and blocks <= MAX_ROW_GROUPS else CONSUMERS
 
 
 def row_blocks(tile: TileConfig) -> int:
@@ -164,8 +169,8 @@ def smem_fields(spec: GemmSpec, tile: TileConfig, stages: int, epilogue_stages: 
     store = store_tokens(spec, tile) * BLOCK_ROWS * FLOAT_BYTES[spec.out_dtype] if through_smem else 0
     pitch, shared = partial_pitch(tile) * 4, tile.split > 1
     partials = (k_groups(tile) if shared else k_groups(tile) - 1) * tile.m * pitch
-    if shared and stages * stage_bytes(tile) >= partials:
-        partials = 0  # a CTA has one tile: its ring is drained by then
+    if shared:  # a CTA has one tile, and its ring is drained by then: they begin there, and this is the rest
+        partials = max(0, partials - stages * stage_bytes(tile))
     fields = (
         SmemField("barriers", (2 * stages + (tile.split > 1)) * MBARRIER_BYTES, MBARRIER_BYTES),
         SmemField("a", stages * tile.m * tile.k * 2, TMA_ALIGN),
@@ -204,10 +209,10 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
         )
         return reasons
     registers = accumulator_registers(tile)
-    if registers > MAX_ACCUMULATORS:
-        reasons.append(
-            f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {MAX_ACCUMULATORS}"
-        )
+    most = MAX_ACCUMULATORS - (ROW_GROUPS_RESERVE if consumers(tile) == MAX_ROW_GROUPS else 0)
+    most -= SPLIT_RESERVE if tile.split > 1 else 0
+    if registers > most:
+        reasons.append(f"{tile.m}x{tile.n} takes {registers} fp32 accumulator registers a thread; at most {most}")
     if tile.mainloop == "hmma" and registers == MAX_ACCUMULATORS and tile.k > FRAGMENT_K:
         reasons.append(f"{registers} accumulator registers a thread leave HMMA those for steps of {FRAGMENT_K} k only")
     counts = stage_counts(tile)

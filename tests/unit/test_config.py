@@ -97,7 +97,9 @@ def test_illegal_tiles_say_why(tile, words):
         # and must not meet in a stage
         (TileConfig(16, 128, 128, stages=5), ["5 stages", "2 groups"]),
         (TileConfig(64, 64, 128, split=2, stages=10), ["10 stages", "4 groups"]),
-        (TileConfig(256, 128, 64, split=2), ["shared memory"]),
+        (TileConfig(128, 128, 128, split=2, stages=6), ["shared memory"]),
+        (TileConfig(256, 128, 64, split=2), ["128 fp32 accumulator registers", "at most 96"]),
+        (TileConfig(256, 192, 64), ["128 fp32 accumulator registers", "at most 96"]),
         (TileConfig(16, 128, 128, split=9), ["split=9"]),
     ],
     ids=str,

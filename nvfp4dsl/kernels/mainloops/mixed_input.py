@@ -28,7 +28,7 @@ MMAS = FRAGMENT_K // BLOCK
 
 
 class WarpPlace:
-    """Where one of the eight warps of a group stands in the tile.
+    """Where a warp of a group stands in the tile.
 
     Attributes:
         row: first of its 16 rows of each block of 64; ``block_rows`` is from one block to the next.

@@ -34,6 +34,7 @@ class MixedInputGemm(W4A16Gemm):
     warp                  count  role
     ====================  =====  =================================================================
     0 .. 7                8      two warpgroups: decode and multiply (:data:`LOOPS`), then store
+    8 .. 11               4      the same: a third, where a tile has 192 rows
     8 .. 15               8      the same, where two groups take turns at the k steps (WGMMA, few tokens); or four
                                  groups of four warps do, where a tile has 64 rows
     next                  3      producers: TMA loads of codes, of scales and of tokens, a stream each
@@ -45,8 +46,8 @@ class MixedInputGemm(W4A16Gemm):
     barrier               count   arrivals a phase
     ====================  ======  ================================================================
     full[stage]           stages  3 (each producer, with its stream's bytes), completed by TMA
-    empty[stage]          stages  8 (one lane of each warp of the group that read it), of each CTA of a multicast
-    named barrier 1, 2    2       128 threads: a warpgroup around each use of its store buffer
+    empty[stage]          stages  one lane of each warp of the group that read it, of each CTA of a multicast
+    named barrier 1 .. 3  1 .. 3  128 threads: a warpgroup around each use of its store buffer
     named barrier 5       1       all consumers: around the exchange of their sums
     arrived (split)       1       1 (thread 0, with the bytes of the cluster's sums), completed by asynchronous stores
     cluster               1       barriers are there; with multicast, nobody arrives here any more

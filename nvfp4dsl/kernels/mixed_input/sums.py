@@ -21,7 +21,7 @@ from nvfp4dsl.kernels.mainloops.mixed_input import WarpPlace
 from nvfp4dsl.kernels.mixed_input.ring import wait_for_cluster
 from nvfp4dsl.kernels.schedule import TileCoord
 
-#: named barrier of all consumers; 1 and 2 are the epilogue's.
+#: named barrier of all consumers; 1 to 3 are the epilogue's.
 CONSUMER_BARRIER = 5
 
 
@@ -43,8 +43,8 @@ class PartialSums:
         self.pitch = partial_pitch(plan.tile) * 4
         self.quads = plan.tile.n // 4
         if self.groups > 1 or plan.tile.split > 1:
-            # with a split, a CTA has one tile: its ring is drained by then
-            self.partials = shared_address(smem["partials" if "partials" in smem else "a"])
+            # with a split, a CTA has one tile: its ring is drained by then, and they begin there
+            self.partials = shared_address(smem["a" if plan.tile.split > 1 else "partials"])
         if plan.tile.split > 1:
             self.totals, self.tokens = shared_address(smem["totals"]), share_tokens(plan.tile)
             self.mine = cutlass.max(cutlass.min(plan.tile.m - self.share * self.tokens, self.tokens), 0)
