@@ -63,7 +63,13 @@ class Copy:
 
 
 class Quantizer:
-    """One that writes codes and scales; it is right if the codes are, bit for bit."""
+    """One that writes codes and scales; it is right if the codes are, bit for bit.
+
+    Attributes:
+        tolerated: the share of bytes of codes that may differ nevertheless.
+    """
+
+    tolerated = 0.0
 
     def __init__(self, name: str, layout: str) -> None:
         self.name, self.layout = name, layout
@@ -86,7 +92,7 @@ class Quantizer:
             if self.layout == BLACKWELL:
                 expected = prepare(expected, "sm_121a")
             wrong = int((output.view(torch.uint8) != expected.qdata).sum())  # type: ignore[union-attr]
-            if wrong:
+            if wrong > self.tolerated * output.nbytes:
                 raise WrongResultError(f"{wrong} bytes of codes differ", wrong)
         return 0.0
 
@@ -103,7 +109,12 @@ class Ours(Quantizer):
 
 
 class Compiled(Quantizer):
-    """``torch.compile`` of the reference, in canonical layout: it is spared the swizzle."""
+    """``torch.compile`` of the reference, in canonical layout: it is spared the swizzle.
+
+    Where it computes the global scale, the last bit of it differs, and so does one code in a hundred or two.
+    """
+
+    tolerated = 0.01
 
     def __init__(self) -> None:
         super().__init__("torch.compile", CANONICAL)

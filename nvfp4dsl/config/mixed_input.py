@@ -54,7 +54,7 @@ REGISTERS = {CONSUMERS: (232, 40), MAX_ROW_GROUPS: (160, 32), SHARING_CONSUMERS:
 MAX_SHARED_TOKENS, MAX_SHARED_ROWS = 64, 128
 #: tokens that one ldmatrix brings, and least tokens of a tile of 128 rows for which HMMA's warpgroups share its rows.
 LOAD_TOKENS, MIN_SHARED_ROWS_TOKENS = 2 * MMA_N, 64
-SPLITS, MULTICASTS = wgmma.SPLITS, (1, 2)
+SPLITS = wgmma.SPLITS
 #: what dispatch chooses from, those of either loop; the first is the default.
 TILES = tuple(dict.fromkeys((*wgmma.TILES, *hmma.TILES)))
 
@@ -189,15 +189,12 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     if tile.mainloop not in (None, *loops):
         return [f"inner loop {tile.mainloop!r}: {target.name} has {', '.join(loops)}"]
     tile = with_mainloop(tile, target)
-    reasons = extent_reasons(
-        tile, TILE_M, TILE_N[str(tile.mainloop)], TILE_K, SPLITS, multicast=MULTICASTS, mainloop=loops
-    )
+    reasons = extent_reasons(tile, TILE_M, TILE_N[str(tile.mainloop)], TILE_K, SPLITS, mainloop=loops)
     if reasons:
         return reasons
-    if tile.split * tile.multicast > target.max_cluster:
+    if tile.split > target.max_cluster:
         reasons.append(
-            f"split {tile.split} x multicast {tile.multicast} takes clusters of {tile.split * tile.multicast} CTAs; "
-            f"{target.name} has at most {target.max_cluster}"
+            f"split {tile.split} takes clusters of {tile.split} CTAs; {target.name} has at most {target.max_cluster}"
         )
     if row_blocks(tile) == 0:
         reasons.append(f"{tile.m}x{tile.n}: 64 rows take tokens in {2 * LOAD_TOKENS}s, half of them for each warpgroup")

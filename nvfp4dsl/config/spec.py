@@ -77,7 +77,6 @@ class TileConfig:
         stages: buffers of the load ring; None takes as many as fit.
         split: CTAs of a thread-block cluster that share a tile's K.
         pingpong: two groups of MMA warps take turns, each with a tile of its own; otherwise all work on one tile.
-        multicast: CTAs of a cluster, neighbours along N, each of which loads a part of the tokens for all.
         mainloop: the inner loop, ``"hmma"`` or ``"wgmma"``, where a tile can be built with either; None takes the
             faster one.
     """
@@ -88,31 +87,29 @@ class TileConfig:
     stages: int | None = None
     split: int = 1
     pingpong: bool = False
-    multicast: int = 1
     mainloop: str | None = None
 
     _TEXT: ClassVar[re.Pattern[str]] = re.compile(
-        r"(\d+)x(\d+)x(\d+)(?:x(\d+))?(?:/(\d+))?(-pingpong)?(?:-multicast(\d+))?(?:-(hmma|wgmma))?"
+        r"(\d+)x(\d+)x(\d+)(?:x(\d+))?(?:/(\d+))?(-pingpong)?(?:-(hmma|wgmma))?"
     )
 
     @classmethod
     def parse(cls, text: str) -> TileConfig:
-        """``"128x128x256"``; then, each optional, ``x`` stages, ``/`` split, ``-pingpong``, ``-multicast`` CTAs and
-        ``-hmma`` or ``-wgmma``: ``"64x128x64x4/2"``, ``"64x128x128-multicast2"``, ``"64x128x128-hmma"``."""
+        """``"128x128x256"``; then, each optional, ``x`` stages, ``/`` split, ``-pingpong``, ``-hmma`` or ``-wgmma``:
+        ``"64x128x64x4/2"``, ``"64x128x128-hmma"``."""
         match = cls._TEXT.fullmatch(text.lower().strip())
         if match is None:
             raise TileError(
-                f"cannot read tile {text!r}; write MxNxK, then xSTAGES, /SPLIT, -pingpong, -multicastCTAS and -hmma or "
-                "-wgmma as needed, e.g. 128x128x128, 64x128x64x4/2"
+                f"cannot read tile {text!r}; write MxNxK, then xSTAGES, /SPLIT, -pingpong, -hmma or -wgmma "
+                "as needed, e.g. 128x128x128, 64x128x64x4/2"
             )
         m, n, k = (int(number) for number in match.groups()[:3])
         stages, split = (int(number) if number else None for number in match.groups()[3:5])
-        return cls(m, n, k, stages, split or 1, bool(match[6]), int(match[7] or 1), match[8])
+        return cls(m, n, k, stages, split or 1, bool(match[6]), match[7])
 
     def __str__(self) -> str:
         text = "x".join(str(v) for v in (self.m, self.n, self.k, self.stages) if v is not None)
         text += (f"/{self.split}" if self.split != 1 else "") + ("-pingpong" if self.pingpong else "")
-        text += f"-multicast{self.multicast}" if self.multicast != 1 else ""
         return text + (f"-{self.mainloop}" if self.mainloop else "")
 
 
@@ -193,11 +190,10 @@ def extent_reasons(
     k: tuple[int, ...],
     split: tuple[int, ...] = (1,),
     pingpong: tuple[bool, ...] = (False,),
-    multicast: tuple[int, ...] = (1,),
     mainloop: tuple[str | None, ...] = (None,),
 ) -> list[str]:
     """A sentence for each value of a tile that is not among those a kernel family offers."""
-    offered: dict[str, tuple] = {"m": m, "n": n, "k": k, "split": split, "pingpong": pingpong, "multicast": multicast}
+    offered: dict[str, tuple] = {"m": m, "n": n, "k": k, "split": split, "pingpong": pingpong}
     offered["mainloop"] = mainloop
     return [
         f"{name.upper() if len(name) == 1 else name}={getattr(tile, name)}: allowed are {', '.join(map(str, allowed))}"

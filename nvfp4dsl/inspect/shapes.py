@@ -126,7 +126,7 @@ def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -
     store = max(outputs * FLOAT_BYTES[plan.spec.out_dtype] / STORE_BYTES_PER_CLOCK, report.tile_overhead_cycles)
     sums_us = wgmma.SHARED_OUTPUT_US * outputs / 16384 if tile.split > 1 else 0.0
     wave = (loop + store) / clock * 1e-3 + wgmma.TILE_US + sums_us
-    operands = tasks / tile.split * (_x_bytes(plan.spec, tile.m, k) / tile.multicast + tile.n * k * NVFP4_BYTES)
+    operands = tasks / tile.split * (_x_bytes(plan.spec, tile.m, k) + tile.n * k * NVFP4_BYTES)
     return {
         "compute": waves * wave,
         # on an H200 never the limit of a single wave, whose CTAs all read the same tokens at about the same time
@@ -138,10 +138,10 @@ def _parts(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) -
 def _waves(plan: Plan, device: Device, m: int, n: int) -> tuple[int, int, int]:
     """(tasks, CTAs that run at a time, tasks of the busiest of them); a task is a CTA's part of an output tile."""
     tile = plan.tile
-    tasks = ceil_div(m, tile.m) * round_up(ceil_div(n, tile.n), tile.multicast) * tile.split
+    tasks = ceil_div(m, tile.m) * ceil_div(n, tile.n) * tile.split
     places = device.sms * plan.ctas_per_sm
-    if (cluster := tile.split * tile.multicast) > 1 and device.target == "sm_90a":
-        places = places * wgmma.RESIDENT[cluster] // wgmma.RESIDENT[1]
+    if tile.split > 1 and device.target == "sm_90a":
+        places = places * wgmma.RESIDENT[tile.split] // wgmma.RESIDENT[1]
     ctas = min(tasks, places)
     return tasks, ctas, ceil_div(tasks, ctas)
 

@@ -27,13 +27,16 @@ CASES = [
     ("128x256x64", 130, 300, 336, torch.float16, False),
     ("256x128x64", 270, 136, 144, torch.bfloat16, True),
     ("16x64x128/3", 17, 160, 1296, torch.float32, True),
-    ("32x64x128-multicast2", 33, 200, 400, torch.bfloat16, False),
+    ("32x64x128", 33, 200, 400, torch.bfloat16, False),
     ("64x64x128", 70, 137, 592, torch.bfloat16, True),
     ("64x64x128x8", 70, 64, 1296, torch.bfloat16, False),
     ("16x128x128x4", 16, 128, 1040, torch.bfloat16, False),
-    ("64x128x128-multicast2", 70, 400, 1296, torch.bfloat16, False),
-    ("128x128x128/2-multicast2", 140, 304, 400, torch.float32, True),
-    ("32x128x128/3-multicast2", 30, 130, 1040, torch.bfloat16, False),
+    ("64x192x64", 70, 400, 1296, torch.bfloat16, False),
+    ("128x192x128", 140, 304, 400, torch.float32, True),
+    ("128x192x128/4", 150, 200, 1040, torch.bfloat16, True),
+    ("192x192x64", 200, 200, 208, torch.float16, True),
+    ("128x128x128/2", 140, 304, 400, torch.float32, True),
+    ("32x128x128/3", 30, 130, 1040, torch.bfloat16, False),
 ]
 # The same for HMMA, and the target: warpgroups along rows and along tokens, one to four blocks of rows, with clusters
 # and without
@@ -45,7 +48,7 @@ HMMA_CASES = [
     ("sm_121a", "128x128x64", 150, 200, 336, torch.float32, True),
     ("sm_120a", "256x128x64", 270, 136, 144, torch.bfloat16, False),
     ("sm_90a", "128x256x64-hmma", 130, 300, 336, torch.bfloat16, True),
-    ("sm_90a", "64x64x128/3-multicast2-hmma", 70, 130, 1296, torch.float32, True),
+    ("sm_90a", "64x64x128/3-hmma", 70, 130, 1296, torch.float32, True),
     ("sm_100a", "96x128x128/2", 97, 200, 528, torch.bfloat16, False),
 ]
 

@@ -1,6 +1,5 @@
 """The tile space of W4A16, on shapes that no tile divides and on few and many k steps: right values, no hang."""
 
-import itertools
 import random
 from dataclasses import replace
 
@@ -19,14 +18,13 @@ K = (16, 80, 128, 208, 320, 848, 4112)
 
 
 def variants(target, tile):
-    """A tile with every inner loop, by itself and with a split and a multicast drawn from those that are legal; skinny
-    tiles are listed with theirs."""
+    """A tile with every inner loop, by itself and with a split drawn from those that are legal; skinny tiles are listed
+    with theirs."""
     if tile.k not in mixed_input.TILE_K:
         return [tile]
     every = []
     for loop in mixed_input.mainloops(get_target(target)):
-        pairs = itertools.product(mixed_input.SPLITS, mixed_input.MULTICASTS)
-        tiles = [replace(tile, split=split, multicast=multicast, mainloop=loop) for split, multicast in pairs]
+        tiles = [replace(tile, split=split, mainloop=loop) for split in mixed_input.SPLITS]
         built = [tile for tile in tiles if not legal(SPEC, tile, target)]
         every += [*built[:1], *random.Random(f"{SEED} {tile} {loop}").sample(built[1:], min(1, len(built[1:])))]
     return every
@@ -50,7 +48,7 @@ def check(target, tile, k):
     assert kernel.meta["spills"] == 0
     y = torch.full((m, n), float("nan"), dtype=x.dtype)
     # two CTAs, or clusters, for all tiles: rings and buffers go round
-    ctas = 2 * tile.split * tile.multicast // plan(SPEC, tile, target).ctas_per_sm
+    ctas = 2 * tile.split // plan(SPEC, tile, target).ctas_per_sm
     with nv.emulate(target, max_ctas=ctas, seed=SEED):
         operands = dispatch.linear_operands(nv.prepare(weight, target, activation="bf16"))
         dispatch.run(kernel, (x, *operands, None, y))

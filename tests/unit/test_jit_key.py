@@ -74,8 +74,7 @@ SPECS = [
 ]
 TILES = [
     *(TileConfig(), TileConfig(m=64), TileConfig(n=64), TileConfig(k=256), TileConfig(stages=3)),
-    *(TileConfig(split=2), TileConfig(pingpong=True), TileConfig(multicast=2)),
-    TileConfig(mainloop="hmma"),
+    *(TileConfig(split=2), TileConfig(pingpong=True), TileConfig(mainloop="hmma")),
 ]
 
 

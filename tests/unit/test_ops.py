@@ -107,7 +107,7 @@ def test_bad_input_is_a_typed_error(case):
         (lambda x, w, p: nv.mm(p, p, tile="256x256x128"), nv.TileError, "128"),
         (lambda x, w, p: nv.mm(p, p, tile="128x128x256x9"), nv.TileError, "101376"),
         (lambda x, w, p: nv.mm(p, p, out_dtype=torch.float64), nv.OperandError, "float64"),
-        (lambda x, w, p: nv.mm(p, p, tile="128x128x128-multicast2"), nv.TileError, "multicast=2.*Nearest"),
+        (lambda x, w, p: nv.mm(p, p, tile="128x128x128-hmma"), nv.TileError, "mainloop=hmma.*Nearest"),
         (lambda x, w, p: nv.linear(x, p, activation="nvfp4", activation_scale=0.0), nv.OperandError, "positive"),
         (lambda x, w, p: nv.linear(x, w, activation="nvfp4", activation_scale=1.0), nv.LayoutError, "prepare"),
         (lambda x, w, p: nv.linear(x / 0, p, activation="nvfp4", activation_scale=1.0), nv.OperandError, "finite"),

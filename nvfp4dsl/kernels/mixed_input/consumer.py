@@ -59,10 +59,6 @@ class Consumer:
         if cutlass.const_expr(self.plan.tile.split == 1):  # noqa: SIM102 (one is static, one dynamic)
             if self.group == 0:
                 self.outputs.finish()
-        if cutlass.const_expr(self.plan.tile.multicast > 1):
-            # a peer may still arrive on this CTA's barriers
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
 
     def _multiply(self, accumulators, here, unit, before, condition) -> int:
         stage, codes, scales = here

@@ -1,13 +1,11 @@
 """The W4A16 GEMM for more than a few tokens: operands swapped, weights decoded on their way to the tensor core."""
 
-from dataclasses import replace
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from nvfp4dsl.config import FLOAT_BYTES, Plan
+from nvfp4dsl.config import FLOAT_BYTES
 from nvfp4dsl.config.mixed_input import BLOCK_ROWS, k_groups, row_groups, store_tokens, token_groups
 from nvfp4dsl.kernels.compat import SmemAllocator
 from nvfp4dsl.kernels.epilogue import FLOAT_TYPES
@@ -19,7 +17,7 @@ from nvfp4dsl.kernels.mixed_input.consumer import Consumer
 from nvfp4dsl.kernels.mixed_input.epilogue import STORE_ROW_BYTES, FactorPrefetch, TransposedEpilogue
 from nvfp4dsl.kernels.mixed_input.ring import PRODUCERS, Producer, Ring, Stream, wait_for_cluster
 from nvfp4dsl.kernels.mixed_input.sums import PartialSums
-from nvfp4dsl.kernels.schedule import PersistentSchedule, TileCoord
+from nvfp4dsl.kernels.schedule import PersistentSchedule
 from nvfp4dsl.kernels.swizzle import tile_layout
 from nvfp4dsl.kernels.w4a16 import W4A16Gemm
 from nvfp4dsl.layouts import FRAGMENT_K, FRAGMENT_ROWS, FRAGMENT_SCALE_BYTES, FRAGMENT_STEP_BYTES
@@ -46,29 +44,23 @@ class MixedInputGemm(W4A16Gemm):
     barrier               count   arrivals a phase
     ====================  ======  ================================================================
     full[stage]           stages  3 (each producer, with its stream's bytes), completed by TMA
-    empty[stage]          stages  one lane of each warp of the group that read it, of each CTA of a multicast
+    empty[stage]          stages  one lane of each warp of the group that read it
     named barrier 1 .. 3  1 .. 3  128 threads: a warpgroup around each use of its store buffer
     named barrier 5       1       all consumers: around the exchange of their sums
     arrived (split)       1       1 (thread 0, with the bytes of the cluster's sums), completed by asynchronous stores
-    cluster               1       barriers are there; with multicast, nobody arrives here any more
+    cluster (split)       1       barriers are there
     ====================  ======  ================================================================
 
     One warp would not keep up where tokens are few: it takes a hundred cycles or so to issue a copy. Launched with
     programmatic dependent launch, weights are requested before ``griddepcontrol.wait``.
-
-    With multicast, neighbours along the weight's rows form a cluster; each loads a part of the tokens, for all of them.
-    Tokens are then read from L2 half as often, which is what limits tiles of many.
     """
 
     def launch(self, x, codes, scales, alpha, bias, y, max_ctas: Int32, stream) -> None:
         plan, tile = self.plan, self.plan.tile
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        load_x = cpasync.CopyBulkTensorTileG2SMulticastOp() if tile.multicast > 1 else load
         layouts = self._smem_layouts()
         mX, mY = _batch_last(x), _batch_last(y)
-        tma_x = cpasync.make_tiled_tma_atom(
-            load_x, mX, cute.select(layouts["x_box"], [0, 1]), (tile.m // tile.multicast, FRAGMENT_K)
-        )
+        tma_x = cpasync.make_tiled_tma_atom(load, mX, cute.select(layouts["a"], [0, 1]), (tile.m, FRAGMENT_K))
         tma = [
             cpasync.make_tiled_tma_atom(load, _words(t), cute.select(layouts[name], [0, 1]), self._box(name))
             for name, t in (("b", codes), ("sfb", scales))
@@ -77,14 +69,13 @@ class MixedInputGemm(W4A16Gemm):
         if cutlass.const_expr(plan.spec.aligned_rows and tile.split == 1):
             box = store_tokens(plan.spec, tile), STORE_ROW_BYTES // FLOAT_BYTES[plan.spec.out_dtype]
             tma_y, mY_tma = cpasync.make_tiled_tma_atom(store, mY, cute.select(layouts["c"], [0, 1]), box)
-        schedule = ClusterSchedule(plan, mY, max_ctas, Int32(0))
-        clusters, cluster = schedule.tiles, tile.split * tile.multicast
+        clusters = PersistentSchedule(plan, mY, max_ctas).tiles
         if cutlass.const_expr(tile.split == 1):
-            clusters = cutlass.min(clusters, cutlass.max(max_ctas // cluster, 1))
+            clusters = cutlass.min(clusters, max_ctas)
         self.kernel(*tma_x, *tma[0], *tma[1], tma_y, mY_tma, mY, alpha, bias, codes.shape[2]).launch(
-            grid=[clusters * cluster, 1, 1],
+            grid=[clusters * tile.split, 1, 1],
             block=[plan.threads, 1, 1],
-            cluster=[cluster, 1, 1] if cluster > 1 else None,
+            cluster=[tile.split, 1, 1] if tile.split > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=plan.spec.pdl,
@@ -117,51 +108,48 @@ class MixedInputGemm(W4A16Gemm):
                     cpasync.prefetch_descriptor(atom)
 
         smem, layouts = self._allocate(), self._smem_layouts()
-        rank = cute.arch.block_idx()[0] % (tile.split * tile.multicast)
-        part, share = rank % tile.multicast, rank // tile.multicast
-        ring = Ring(plan, smem["barriers"], lane, rank - part)
+        share = cute.arch.block_idx()[0] % tile.split
+        ring = Ring(plan, smem["barriers"], lane)
         ring.init(warp)
         sX = _swizzled_tensor(smem["a"], layouts["a"])
         # Each role works out its tiles for itself: what both would need from before, the compiler spills.
         if warp >= consumer_warps:
             cute.arch.setmaxregister_decrease(plan.registers[1])
-            schedule, *ranges = self._work(mY, steps, part, share)
+            schedule, *ranges = self._work(mY, steps, share)
             streams = [
                 Stream(tma_codes, mCodes, cute.make_tensor(smem["b"], layouts["b"]), self._box("b")),
                 Stream(tma_scales, mScales, cute.make_tensor(smem["sfb"], layouts["sfb"]), self._box("sfb")),
-                Stream(
-                    tma_x, mX, _swizzled_tensor(smem["a"], layouts["x_box"]), (tile.m // tile.multicast, FRAGMENT_K)
-                ),
+                Stream(tma_x, mX, sX, (tile.m, FRAGMENT_K)),
             ]
             for i in cutlass.range_constexpr(len(streams)):
                 if warp == consumer_warps + i:
                     tokens = i == len(streams) - 1
-                    Producer(plan, schedule, ring, streams[i], tokens, part).run(*ranges)
+                    Producer(plan, schedule, ring, streams[i], tokens).run(*ranges)
             if warp == consumer_warps + PRODUCERS:
                 FactorPrefetch(plan, schedule, mAlpha, mBias, mY, lane).run(*ranges[:2])
             wait_for_cluster(plan)
         else:
             cute.arch.setmaxregister_increase(plan.registers[0])
-            schedule, *ranges = self._work(mY, steps, part, share)
+            schedule, *ranges = self._work(mY, steps, share)
             mainloop = loop(plan)
             mainloop.bind(warp % plan.group_warps, lane, sX)
             outputs = TransposedEpilogue(plan, mAlpha, mBias, mY, warp, lane)
             if cutlass.const_expr(plan.spec.aligned_rows and tile.split == 1):
                 outputs.bind_store(tma_y, mY_tma, _swizzled_tensor(smem["c"], layouts["c"]))
-            sums = PartialSums(plan, smem, ring.arrived, outputs, warp, lane, (part, share))
+            sums = PartialSums(plan, smem, ring.arrived, outputs, warp, lane, share)
             Consumer(plan, schedule, ring, mainloop, sums, outputs, warp).run(
                 *ranges, shared_address(smem["b"]), shared_address(smem["sfb"])
             )
 
-    def _work(self, mY: cute.Tensor, steps: Int32, part: Int32, share: Int32) -> tuple:
+    def _work(self, mY: cute.Tensor, steps: Int32, share: Int32) -> tuple:
         """This CTA's (schedule, first tile, stride of tiles, first stage of K, end of K)."""
         tile, block, ctas = self.plan.tile, block_here(), cute.arch.grid_dim()[0]
-        cluster, turn = tile.split * tile.multicast, LOOPS[tile.mainloop].stages_a_turn(self.plan)
-        schedule = ClusterSchedule(self.plan, mY, ctas, part)
-        stride = ctas // cluster if tile.split == 1 else schedule.tiles
+        turn = LOOPS[tile.mainloop].stages_a_turn(self.plan)
+        schedule = PersistentSchedule(self.plan, mY, ctas)
+        stride = ctas if tile.split == 1 else schedule.tiles
         turns = cute.ceil_div(steps * FRAGMENT_K, tile.k * turn)
         k_begin, k_end = (turns * edge // tile.split * turn for edge in (share, share + 1))
-        return schedule, block // cluster, stride, k_begin, k_end
+        return schedule, block // tile.split, stride, k_begin, k_end
 
     def _box(self, name: str) -> tuple[int, int]:
         """One TMA box of codes or scales, in 8-byte words: (words of a stage's steps, 16-row tiles)."""
@@ -177,7 +165,6 @@ class MixedInputGemm(W4A16Gemm):
         groups = row_groups(tile) * token_groups(tile)
         return {
             "a": token_tile_layout(tile.m, copies),
-            "x_box": token_tile_layout(tile.m // tile.multicast, copies * tile.multicast),
             "b": cute.make_layout((*self._box("b"), plan.stages)),
             "sfb": cute.make_layout((*self._box("sfb"), plan.stages)),
             "c": tile_layout(tokens, STORE_ROW_BYTES, groups * plan.epilogue_stages * spans, out_bytes),
@@ -199,24 +186,6 @@ class MixedInputGemm(W4A16Gemm):
             field.name: cute.recast_ptr(allocator.allocate(field.bytes, field.align), dtype=types[field.name])
             for field in self.plan.smem
         }
-
-
-class ClusterSchedule:
-    """Round-robin of clusters over tiles; those of a multicast take neighbouring rows of the weight.
-
-    A CTA past the last row works on zeros, which its neighbours' tokens need as little as anybody its outputs.
-    """
-
-    def __init__(self, plan: Plan, mY: cute.Tensor, ctas: Int32, part: Int32):
-        self.multicast, self.part = plan.tile.multicast, part
-        wide = replace(plan, tile=replace(plan.tile, n=plan.tile.n * self.multicast))
-        self.clusters = PersistentSchedule(wide, mY, ctas)
-        self.tiles = self.clusters.tiles
-
-    def coord(self, index: Int32) -> TileCoord:
-        """This CTA's coordinates of its cluster's tile with linear ``index``."""
-        coord = self.clusters.coord(index)
-        return TileCoord(coord.m * self.multicast + self.part, coord.n, coord.batch)
 
 
 def token_tile_layout(tokens: int, copies: int) -> cute.ComposedLayout:

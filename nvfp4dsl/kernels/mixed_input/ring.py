@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int16, Int32
+from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from nvfp4dsl.config import Plan
@@ -15,11 +15,10 @@ PRODUCERS = 3
 
 
 class Ring:
-    """The stages' barriers, and that of a cluster's sums. ``first_rank``: in the cluster, of the CTAs that load tokens
-    for each other."""
+    """The stages' barriers, and that of a cluster's sums."""
 
-    def __init__(self, plan: Plan, barriers: cute.Pointer, lane: Int32, first_rank: Int32):
-        self.plan, self.lane, self.first_rank = plan, lane, first_rank
+    def __init__(self, plan: Plan, barriers: cute.Pointer, lane: Int32):
+        self.plan, self.lane = plan, lane
         self.full, self.empty = barriers, barriers + plan.stages
         self.arrived = self.empty + plan.stages
 
@@ -28,17 +27,13 @@ class Ring:
         if warp == 0 and self.lane == 0:
             for stage in cutlass.range_constexpr(self.plan.stages):
                 cute.arch.mbarrier_init(self.full + stage, PRODUCERS)
-                cute.arch.mbarrier_init(self.empty + stage, self.plan.group_warps * self.plan.tile.multicast)
+                cute.arch.mbarrier_init(self.empty + stage, self.plan.group_warps)
             if cutlass.const_expr(self.plan.tile.split > 1):
                 cute.arch.mbarrier_init(self.arrived, 1)
         cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(self.plan.tile.multicast > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            if cutlass.const_expr(self.plan.tile.split > 1):
-                cute.arch.cluster_arrive_relaxed()
-            cute.arch.sync_threads()
+        if cutlass.const_expr(self.plan.tile.split > 1):
+            cute.arch.cluster_arrive_relaxed()
+        cute.arch.sync_threads()
 
     def slot(self, count: Int32) -> tuple[Int32, Int32]:
         """Stage and phase of the ``count``-th filling since the kernel began."""
@@ -67,20 +62,16 @@ class Ring:
     @cute.jit
     def release(self, stage: Int32, condition):
         """A consumer warp: this stage has been read, if ``condition``."""
-        # lanes arrive for the warp, one at each CTA that may fill it, so the other lanes' reads must be done
+        # one lane arrives for the warp, so the other lanes' reads must be done
         cute.arch.sync_warp()
-        empty, peer = self.empty + stage, self.first_rank + self.lane
-        if self.lane < self.plan.tile.multicast and condition:
-            if cutlass.const_expr(self.plan.tile.multicast > 1):
-                cute.arch.mbarrier_arrive(empty, peer)
-            else:
-                cute.arch.mbarrier_arrive(empty)
+        if self.lane == 0 and condition:
+            cute.arch.mbarrier_arrive(self.empty + stage)
 
 
 def wait_for_cluster(plan: Plan) -> None:
     """Until all CTAs of a split have their barriers: before anything is sent to one, and before any warp exits. PTX has
     warps that exit count as arrived, and does not say what that makes of one that has arrived already."""
-    if plan.tile.split > 1 and plan.tile.multicast == 1:
+    if plan.tile.split > 1:
         cute.arch.cluster_wait()
 
 
@@ -105,11 +96,10 @@ class Producer:
     """One warp, one stream. For each tile and k step it waits until a stage is empty, announces the bytes to come, and
     issues their TMA loads. What lies outside a tensor arrives as zeros, and zero codes add nothing."""
 
-    def __init__(self, plan: Plan, schedule, ring: Ring, stream: Stream, tokens: bool, part: Int32):
+    def __init__(self, plan: Plan, schedule, ring: Ring, stream: Stream, tokens: bool):
         self.plan, self.schedule, self.ring, self.stream, self.tokens = plan, schedule, ring, stream, tokens
-        self.part, self.parts = (part, plan.tile.multicast) if tokens else (Int32(0), 1)
         self.boxes = plan.tile.k // FRAGMENT_K if tokens else 1
-        self.bytes = self.boxes * self.parts * stream.tiler[0] * stream.tiler[1] * (2 if tokens else 8)
+        self.bytes = self.boxes * stream.tiler[0] * stream.tiler[1] * (2 if tokens else 8)
 
     @cute.jit
     def run(self, first: Int32, stride: Int32, k_begin: Int32, k_end: Int32):
@@ -117,9 +107,6 @@ class Producer:
             # What the kernel before wrote may be read, and what it read overwritten, only from here on.
             cute.arch.griddepcontrol_wait()
         tSsS, tSgS = self.stream.partition()
-        options = {}
-        if cutlass.const_expr(self.parts > 1):
-            options["mcast_mask"] = Int16((1 << self.parts) - 1) << Int16(self.ring.first_rank)
         stage, phase = Int32(0), Int32(0)
         for index in cutlass.range(first, self.schedule.tiles, stride, unroll=1):
             coord = self.schedule.coord(index)
@@ -128,9 +115,9 @@ class Producer:
                 for i in cutlass.range_constexpr(self.boxes):
                     box = k * self.boxes + i
                     if cutlass.const_expr(self.tokens):
-                        source = tSgS[(None, coord.n * self.parts + self.part, box, coord.batch)]
+                        source = tSgS[(None, coord.n, box, coord.batch)]
                     else:
                         source = tSgS[(None, box, coord.m, coord.batch)]
-                    slot = tSsS[(None, (stage * self.boxes + i) * self.parts + self.part)]
-                    cute.copy(self.stream.atom, source, slot, tma_bar_ptr=self.ring.full + stage, **options)
+                    slot = tSsS[(None, stage * self.boxes + i)]
+                    cute.copy(self.stream.atom, source, slot, tma_bar_ptr=self.ring.full + stage)
                 stage, phase = self.ring.advance(stage, phase, 1)

@@ -33,9 +33,8 @@ class PartialSums:
     that this one adds up.
     """
 
-    def __init__(self, plan: Plan, smem: dict, arrived: cute.Pointer, outputs, warp: Int32, lane: Int32, rank: tuple):
-        self.plan, self.arrived, self.outputs = plan, arrived, outputs
-        self.part, self.share = rank
+    def __init__(self, plan: Plan, smem: dict, arrived: cute.Pointer, outputs, warp: Int32, lane: Int32, share: Int32):
+        self.plan, self.arrived, self.outputs, self.share = plan, arrived, outputs, share
         self.warp, self.lane, self.thread = warp, lane, warp * WARP + lane
         self.groups, self.group = k_groups(plan.tile), warp // plan.group_warps
         self.threads = self.groups * plan.group_warps * WARP
@@ -117,9 +116,8 @@ class PartialSums:
                     store_shared_v4(places[0], [x.bitcast(Int32) for x in total])
                 else:
                     place = self._received(owner, self.share, token - owner * self.tokens, row)
-                    rank = owner * tile.multicast + self.part
-                    barrier = cluster_address(shared_address(self.arrived), rank)
-                    store_async_v4(cluster_address(place, rank), total, barrier)
+                    barrier = cluster_address(shared_address(self.arrived), owner)
+                    store_async_v4(cluster_address(place, owner), total, barrier)
         cute.arch.mbarrier_wait(self.arrived, 0)
         self.barrier.arrive_and_wait()  # so is what this CTA has kept
 
