@@ -55,7 +55,7 @@ TILES = tuple(
 )
 #: H200 (docs/measured.md), microseconds: of a call; of a step that a warp has, by tokens; of the sums of a cluster's
 #: row tile. And bytes of x that all SMs read in a microsecond.
-CALL_US, STEP_US, SHARED_TILE_US, X_BYTES_PER_US = 1.2, {1: 0.28, 2: 0.28, 4: 0.29, 8: 0.30}, 0.18, 4.4e6
+CALL_US, STEP_US, SHARED_TILE_US, X_BYTES_PER_US = 1.1, {1: 0.275, 2: 0.275, 4: 0.275, 8: 0.28}, 0.12, 4.0e6
 
 
 def choose(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int) -> Plan | None:
@@ -121,7 +121,7 @@ def smem_fields(tile: TileConfig, steps: int, stages: int) -> tuple[SmemField, .
         SmemField("zeros", steps * X_STEP_BYTES + X_PAD if diagonal(tile) else 0, 16),
         SmemField("partials", WARPS * tile.m * FRAGMENT_ROWS * 4, 16),
         SmemField("factors", rows * 4, 16),
-        SmemField("totals", (rows * tile.m + tile.split) * 4 if tile.split > 1 else 0, 16),
+        SmemField("totals", (tile.split - 1) * ceil_div(rows * tile.m // 4, tile.split) * 16, 16),
         SmemField("barriers", (chunks + (tile.split > 1)) * MBARRIER_BYTES, MBARRIER_BYTES),
     )
     return tuple(field for field in fields if field.bytes)

@@ -16,6 +16,9 @@ TILES = (
     TileConfig(16, 64, 128),
     TileConfig(32, 64, 128),
     TileConfig(64, 64, 128),
+    TileConfig(16, 192, 128),
+    TileConfig(32, 192, 128),
+    TileConfig(64, 192, 128),
     TileConfig(16, 128, 128),
     TileConfig(32, 128, 128),
     TileConfig(96, 128, 128),
@@ -37,9 +40,12 @@ STEP_US = {
     (64, 128): 0.203,
     (96, 128): 0.245,
     (128, 128): 0.284,
-    (128, 192): 0.440,
     (192, 128): 0.430,
     (256, 128): 0.560,
+    (16, 192): 0.220,
+    (32, 192): 0.241,
+    (64, 192): 0.309,
+    (128, 192): 0.440,
     (192, 192): 0.640,
 }
 #: H200, microseconds: of a call; what it takes more where all SMs work; of a tile; of 16384 outputs of it, and what

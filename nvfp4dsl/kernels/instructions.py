@@ -379,19 +379,12 @@ def cluster_address(address: Int32, rank: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
-def store_async_f32(address: Int32, x: Float32, barrier: Int32, *, loc=None, ip=None) -> None:
-    """An fp32 value to the shared memory of another CTA; counts 4 bytes on ``barrier``, which is there.
-
-    Both are :func:`cluster_address`. Unlike a store and an arrival it needs no fence, which would wait for all that the
-    thread has ever stored.
-    """
-    text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2];"
-    _asm(None, [address, x, barrier], text, "r,f,r", pure=False, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def store_async_v4(address: Int32, x: list, barrier: Int32, *, loc=None, ip=None) -> None:
-    """As :func:`store_async_f32`: four neighbouring fp32 values; the address a multiple of 16."""
+    """Four neighbouring fp32 values to the shared memory of another CTA; counts 16 bytes on its ``barrier``.
+
+    Both addresses are :func:`cluster_address`, multiples of 16 and 8. Unlike stores and an arrival they need no fence,
+    which would wait for all that the thread has ever stored.
+    """
     text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$1,$2,$3,$4}, [$5];"
     _asm(None, [address, *x, barrier], text, "r,f,f,f,f,r", pure=False, loc=loc, ip=ip)
 

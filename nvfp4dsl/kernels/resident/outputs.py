@@ -12,8 +12,9 @@ from nvfp4dsl.kernels.instructions import (
     cluster_address,
     fma,
     load_shared_f32,
+    load_shared_v4_f32,
     shared_address,
-    store_async_f32,
+    store_async_v4,
     store_shared_f32,
 )
 from nvfp4dsl.kernels.resident.job import Job
@@ -34,6 +35,8 @@ class Outputs:
         self.slot_bytes = plan.tile.m * FRAGMENT_ROWS * 4
         self.exponent = FRAGMENT_EXPONENT + (X_EXPONENT if diagonal(plan.tile) else 0)
         self.columns = job.tiles * FRAGMENT_ROWS
+        # a thread's share: an asynchronous store has its price, so they go in fours
+        self.width = 4 if plan.tile.split > 1 else 1
         self.tokens = cutlass.min(mY.shape[1] - job.token_tile * plan.tile.m, plan.tile.m)
 
     @cute.jit
@@ -70,49 +73,59 @@ class Outputs:
 
     @cute.jit
     def reduce(self):
-        """Add up the sums of all warps, then of the cluster, and store."""
-        outputs = self.columns * self.tokens
+        """Add up the sums of all warps, then of the cluster, and store: some neighbouring columns of a token at a time,
+        a group."""
+        groups = self.columns * self.tokens // self.width
         async_copies_wait()
         cute.arch.sync_threads()
         if cutlass.const_expr(self.plan.tile.split == 1):
-            for output in cutlass.range(self.thread, outputs, self.plan.threads, unroll=1):
-                self.store(output, self.total(output))
+            for group in cutlass.range(self.thread, groups, self.plan.threads, unroll=1):
+                self.store(group, self.total(group))
         else:
-            self.exchange(outputs)
+            self.exchange(groups)
 
     @cute.jit
-    def exchange(self, outputs: Int32):
-        """Each CTA sends its sums to those that add them up, each a share of the outputs. No CTA ends while another may
-        still write to it: it waits for all that they write."""
-        split, rank = self.plan.tile.split, self.job.rank
-        share = cute.ceil_div(outputs, split)
-        mine = cutlass.max(cutlass.min(outputs - rank * share, share), 0)
+    def exchange(self, groups: Int32):
+        """Each CTA adds up a share of the groups: others send it their sums of them, and it waits for all that they
+        send, so none ends while another may still write to it. The last threads take the share, the first send."""
+        split, rank, size = self.plan.tile.split, self.job.rank, self.width * 4
+        share = cute.ceil_div(groups, split)
+        first = cutlass.min(rank * share, groups)
+        mine = cutlass.min(groups - first, share)
         if self.thread == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(self.arrived, mine * (split * 4))
+            cute.arch.mbarrier_arrive_and_expect_tx(self.arrived, mine * ((split - 1) * size))
         cute.arch.cluster_wait()
-        for output in cutlass.range(self.thread, outputs, self.plan.threads, unroll=1):
-            owner = output // share
-            place = self.totals + (rank * share + output - owner * share) * 4
-            there = cluster_address(place, owner), cluster_address(shared_address(self.arrived), owner)
-            store_async_f32(there[0], self.total(output), there[1])
-        cute.arch.mbarrier_wait(self.arrived, 0)
-        for index in cutlass.range(self.thread, mine, self.plan.threads, unroll=1):
-            total = Float32(0.0)
+        for index in cutlass.range(self.thread, groups - mine, self.plan.threads, unroll=1):
+            group = index + cutlass.select_(index < first, 0, mine)
+            owner = group // share
+            place = self._received(owner, rank, group - owner * share, share)
+            barrier = cluster_address(shared_address(self.arrived), owner)
+            store_async_v4(cluster_address(place, owner), self.total(group), barrier)
+        for index in cutlass.range(self.plan.threads - 1 - self.thread, mine, self.plan.threads, unroll=1):
+            own = self.total(first + index)
+            cute.arch.mbarrier_wait(self.arrived, 0)
+            total = [Float32(0.0)] * self.width
             for source in cutlass.range_constexpr(split):
-                total += load_shared_f32(self.totals + (source * share + index) * 4)
-            self.store(rank * share + index, total)
+                there = self._load(self._received(rank, Int32(source), index, share))
+                total = [total[e] + cutlass.select_(rank == source, own[e], there[e]) for e in range(self.width)]
+            self.store(first + index, total)
+
+    def _received(self, owner: Int32, source: Int32, index: Int32, share: Int32) -> Int32:
+        """Where the CTA ``owner`` has what ``source`` sends it: of itself nothing, so that place is another's."""
+        slot = source - cutlass.select_(source >= owner, 1, 0)
+        return self.totals + (cutlass.max(slot, 0) * share + index) * (self.width * 4)
 
     @cute.jit
-    def total(self, output: Int32):
-        """Of the warps that had a part of the output's row tile: the first may have it as its second, others have it as
+    def total(self, group: Int32):
+        """Of the warps that had a part of the group's row tile: the first may have it as its second, others have it as
         their first."""
-        token, column = output // self.columns, output % self.columns
+        token, column = self._place(group)
         tile, row = column // FRAGMENT_ROWS, column % FRAGMENT_ROWS
         chunks = self.job.chunks
         units = self.job.tiles * chunks
         workers = cutlass.min(units, WARPS)
         offset = (token * FRAGMENT_ROWS + row) * 4
-        total = Float32(0.0)
+        total = [Float32(0.0)] * self.width
         if units > 0:
             # the warp that has a unit: begin(w) = w * units // workers
             first = ((tile * chunks + 1) * workers - 1) // units
@@ -120,19 +133,30 @@ class Outputs:
             segment = Int32(0)
             if first * units // workers < tile * chunks:
                 segment = Int32(1)
-            total = load_shared_f32(self.slot(first, segment) + offset)
+            total = self._load(self.slot(first, segment) + offset)
             for warp in cutlass.range(first + 1, last + 1, unroll=1):
-                total += load_shared_f32(self.slot(warp, Int32(0)) + offset)
+                more = self._load(self.slot(warp, Int32(0)) + offset)
+                total = [total[e] + more[e] for e in range(self.width)]
         return total
 
+    def _load(self, address: Int32) -> list:
+        return [load_shared_f32(address)] if self.width == 1 else list(load_shared_v4_f32(address))
+
+    def _place(self, group: Int32) -> tuple[Int32, Int32]:
+        """Token and first column, of the job's, of a group."""
+        token = group * self.width // self.columns
+        return token, group * self.width - token * self.columns
+
     @cute.jit
-    def store(self, output: Int32, total: Float32):
+    def store(self, group: Int32, total: list):
         mY, mBias = self.mY, self.mBias
-        token, local = output // self.columns, output % self.columns
-        column = self.job.first_tile * FRAGMENT_ROWS + local
-        if self.job.stores and column < mY.shape[2]:
-            alpha = load_shared_f32(self.factors + local * 4) * Float32(2.0**-self.exponent)
-            value = total * alpha
-            if cutlass.const_expr(self.plan.spec.bias is not None):
-                value = fma(total, alpha, mBias[column].to(Float32))
-            mY[self.job.batch, self.job.token_tile * self.plan.tile.m + token, column] = value.to(mY.element_type)
+        token, local = self._place(group)
+        row = self.job.token_tile * self.plan.tile.m + token
+        for e in cutlass.range_constexpr(self.width):
+            column = self.job.first_tile * FRAGMENT_ROWS + local + e
+            if self.job.stores and column < mY.shape[2]:
+                alpha = load_shared_f32(self.factors + (local + e) * 4) * Float32(2.0**-self.exponent)
+                value = total[e] * alpha
+                if cutlass.const_expr(self.plan.spec.bias is not None):
+                    value = fma(total[e], alpha, mBias[column].to(Float32))
+                mY[self.job.batch, row, column] = value.to(mY.element_type)
