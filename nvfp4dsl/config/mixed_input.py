@@ -37,9 +37,10 @@ WARPGROUP, BLOCK_ROWS = 4 * WARP, 64
 #: warpgroups that multiply: two, which take turns at the tensor core and at decoding, or three where a tile has 192
 #: rows; four where they share K. With few tokens a unit's latency is what costs, and more warps hide it.
 CONSUMERS, MAX_ROW_GROUPS, SHARING_CONSUMERS = 2, 3, 4
-TILE_M, TILE_K = (16, 32, 48, 64, 96, 128, 192, 256), (64, 128)
-#: weight rows of a tile, by inner loop; best first, and so is the order of the loops.
+#: tokens and weight rows of a tile, by inner loop; best first, and so is the order of the loops.
+TILE_M = {"wgmma": (16, 32, 48, 64, 96, 128, 176, 192, 256), "hmma": (16, 32, 48, 64, 96, 128, 192, 256)}
 TILE_N = {"wgmma": (64, 128, 192, 256), "hmma": (64, 128, 256)}
+TILE_K = (64, 128)
 #: most rows of weights that stages hold together: 72 KiB of weights with steps of 128 k. More of them were slower: the
 #: first requests compete with the end of the kernel before.
 STAGE_ROWS = 1024
@@ -74,7 +75,8 @@ def choose(spec: GemmSpec, m: int, n: int, k: int, target: Target, sms: int, mai
 
 def tiles(spec: GemmSpec) -> tuple[TileConfig, ...]:
     """Every combination of the extents; not all are legal."""
-    return tuple(TileConfig(m, n, k) for m, n, k in itertools.product(TILE_M, TILE_N["hmma"], TILE_K))
+    every = (itertools.product(TILE_M[loop], TILE_N[loop], TILE_K) for loop in TILE_M)
+    return tuple(TileConfig(*extents) for extents in sorted(set(itertools.chain.from_iterable(every))))
 
 
 def with_mainloop(tile: TileConfig, target: Target) -> TileConfig:
@@ -189,7 +191,8 @@ def reasons(spec: GemmSpec, tile: TileConfig, target: Target) -> list[str]:
     if tile.mainloop not in (None, *loops):
         return [f"inner loop {tile.mainloop!r}: {target.name} has {', '.join(loops)}"]
     tile = with_mainloop(tile, target)
-    reasons = extent_reasons(tile, TILE_M, TILE_N[str(tile.mainloop)], TILE_K, SPLITS, mainloop=loops)
+    loop = str(tile.mainloop)
+    reasons = extent_reasons(tile, TILE_M[loop], TILE_N[loop], TILE_K, SPLITS, mainloop=loops)
     if reasons:
         return reasons
     if tile.split > target.max_cluster:
