@@ -20,7 +20,7 @@ MEMORY_EFFICIENCY = 0.9
 #: share of the dense bf16 peak that cuBLAS reaches (790 of 989 TFLOP/s on an H200).
 BF16_EFFICIENCY = 0.8
 #: share of the tensor pipe's rate, and of issue slots, that main loops reach: wgmma kernels on an H200, and HMMA.
-TENSOR_EFFICIENCY, HMMA_EFFICIENCY, ISSUE_EFFICIENCY = 0.975, 0.925, 0.54
+TENSOR_EFFICIENCY, HMMA_EFFICIENCY, ISSUE_EFFICIENCY = 0.975, 0.925, 0.525
 #: GHz that a card holds under tensor load, where that is known to be less than its boost clock.
 LOAD_CLOCK_GHZ = {"H200": 1.755}
 #: microseconds of a bf16 GEMM's call before its first loads have landed.
