@@ -11,8 +11,8 @@ from nvfp4dsl.kernels.mixed_input.ring import Ring
 
 
 class Consumer:
-    """Two or three warpgroups that work on one tile together, each on rows or tokens of its own; or groups of one or two
-    of them, which take turns at the tile's k steps and add their sums."""
+    """Two or three warpgroups that work on one tile together, each on rows or tokens of its own; or groups of one or
+    two, which take turns at the tile's k steps and add their sums."""
 
     def __init__(self, plan: Plan, schedule, ring: Ring, mainloop: MixedInputMainloop, sums, outputs, warp: Int32):
         self.plan, self.schedule, self.ring = plan, schedule, ring
