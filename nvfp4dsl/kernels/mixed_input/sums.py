@@ -106,8 +106,8 @@ class PartialSums:
             store_shared_f32(place, block[e])
         self.barrier.arrive_and_wait()
         wait_for_cluster(self.plan)
-        for first in cutlass.range_constexpr(0, tile.m * self.quads, self.threads):
-            token = (first + self.thread) // self.quads
+        for first in cutlass.range_constexpr(0, tile.m, self.threads // self.quads):
+            token = first + self.thread // self.quads
             if token < tile.m:
                 places = [self._address(self.partials, g * tile.m + token, row) for g in range(self.groups)]
                 total = self._add_up(places)
@@ -130,8 +130,9 @@ class PartialSums:
     def store(self, alphas, coord: TileCoord):
         """Add up this CTA's share of the tokens, and store it."""
         row, begin = self.outputs.first_row, self.share * self.tokens
-        for first in cutlass.range(0, self.tokens * self.quads, self.threads, unroll=2):
-            token = (first + self.thread) // self.quads
+        unroll = 2 if self.plan.tile.split < 8 else 1  # or registers spill
+        for first in cutlass.range(0, self.tokens, self.threads // self.quads, unroll=unroll):
+            token = first + self.thread // self.quads
             if token < self.mine:
                 own = self._address(self.partials, begin + token, row)
                 total = self._add_up(
