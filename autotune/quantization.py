@@ -66,7 +66,7 @@ class Quantizer:
     """One that writes codes and scales; it is right if the codes are, bit for bit.
 
     Attributes:
-        tolerated: the share of bytes of codes that may differ nevertheless.
+        tolerated: the share of bytes of codes that may differ nevertheless, where it works out the global scale.
     """
 
     tolerated = 0.0
@@ -93,7 +93,7 @@ class Quantizer:
                 expected = prepare(expected, "sm_121a")
             assert output is not None  # every call gives one
             wrong = int((output.view(torch.uint8) != expected.qdata).sum())
-            if wrong > self.tolerated * output.nbytes:
+            if wrong > (self.tolerated * output.nbytes if problem.dynamic else 0):
                 raise WrongResultError(f"{wrong} bytes of codes differ", wrong)
         return 0.0
 
@@ -112,7 +112,8 @@ class Ours(Quantizer):
 class Compiled(Quantizer):
     """``torch.compile`` of the reference, in canonical layout: it is spared the swizzle.
 
-    Where it computes the global scale, the last bit of it differs, and so does one code in a hundred or two.
+    With a given scale its codes are the reference's; where it works the scale out, up to one byte of them in two
+    hundred was another (H200, torch 2.11).
     """
 
     tolerated = 0.01

@@ -60,9 +60,9 @@ RESIDENT = {1: 132, 2: 132, 3: 117, 4: 120, 5: 110, 6: 102, 7: 105, 8: 120}
 def estimate_us(tile: TileConfig, m: int, n: int, k: int, sms: int) -> float:
     """A model of the time for ``m`` tokens and an ``n`` x ``k`` weight on ``sms`` multiprocessors of an H200.
 
-    Rounds of CTAs, each as long as its k steps and its outputs take, at the highest clock. Good to a tenth or so for
-    short calls; long ones take up to a fourth more, whatever the tile, as power limits the clock. Clusters that split K
-    must all run at once: infinite where they do not.
+    Rounds of CTAs, each as long as its k steps and its outputs take in short calls. Good to a tenth or so for these;
+    long ones take up to a fourth more, much the same for all tiles. Clusters that split K must all run at once:
+    infinite where they do not.
     """
     tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
     at_a_time = max(1, RESIDENT[tile.split] * sms // RESIDENT[1] // tile.split)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from nvfp4dsl.config import TILES, GemmSpec, TileConfig, legal, legal_tiles, nearest, omma, plan, total_bytes
+from nvfp4dsl.config import TILES, GemmSpec, TileConfig, legal, legal_tiles, nearest, omma, plan, total_bytes, wgmma
 from nvfp4dsl.config.omma import LAUNCH_REGISTERS, MAX_ACCUMULATORS, MMA_REGISTERS, PRODUCER_REGISTERS, PRODUCER_WARPS
 from nvfp4dsl.config.spec import MMA_WARPS
 from nvfp4dsl.errors import TargetError, TileError
@@ -84,6 +84,14 @@ def test_illegal_tiles_say_why(tile, words):
     assert error.value.reasons == reasons
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("out_dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("tile", wgmma.TILES, ids=str)
+def test_whatever_split_wgmma_may_be_chosen_with_is_legal(tile, out_dtype):
+    splits = wgmma.SPLITS if tile.m <= wgmma.MAX_SPLIT_TOKENS else (1,)
+    for split in splits:
+        assert legal(GemmSpec("bf16", out_dtype=out_dtype), dataclasses.replace(tile, split=split), "sm_90a") == []
 
 
 @pytest.mark.parametrize(
