@@ -117,11 +117,14 @@ class WarpRing:
         cute.arch.mbarrier_wait(self.full + stage, phase)
 
 
-def weight_fragment(words: tuple, pairs: tuple, i: int) -> list[Int32]:
+def weight_fragment(words: tuple, pairs: tuple, i: int, sixteen: Int32 | int = 16) -> list[Int32]:
     """The four registers of A of a step's ``i``-th MMA, scaled: of a lane's words of codes, and its two words of
-    re-encoded scales, which hold those of rows g and g + 8 of each block."""
+    re-encoded scales, which hold those of rows g and g + 8 of each block.
+
+    ``sixteen`` may be a 16 that the compiler cannot see: of a constant it makes a shift-and-add of the ALU.
+    """
     # as bf16 times 2^107: one multiply-add (nvfp4dsl.layouts)
-    pair = spread_bytes(pairs[i // 2], i % 2 * 2) * 16 + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
+    pair = spread_bytes(pairs[i // 2], i % 2 * 2) * sixteen + (FRAGMENT_SCALE_OFFSET << 16 | FRAGMENT_SCALE_OFFSET)
     return [scale_bf16x2(value, pair, register % 2) for register, value in enumerate(decode_e2m1x8(words[i]))]
 
 

@@ -48,6 +48,9 @@ class WgmmaMainloop(MixedInputMainloop):
         self.fragments = WeightFragments(self.plan, warp, lane)
         shape = self.thread_mma.partition_shape_A((BLOCK_ROWS, FRAGMENT_K))
         self.weights = [cute.make_rmem_tensor(shape, BFloat16) for _ in range(2)]
+        # Decoding fills the ALU and leaves the multiplier idle. The grid is one CTA deep, which the compiler does not
+        # know: so this product stays a number to multiply by.
+        self.sixteen = cute.arch.grid_dim()[2] * 16
 
     def make_accumulators(self) -> list:
         shape = self.thread_mma.partition_shape_C((BLOCK_ROWS, self.plan.tile.m))
@@ -69,7 +72,7 @@ class WgmmaMainloop(MixedInputMainloop):
             weights = self.weights[(first_unit + number) % 2]
             registers = cute.recast_tensor(weights, Int32)
             for j in range(MMAS):
-                for register, value in enumerate(weight_fragment(*words, j)):
+                for register, value in enumerate(weight_fragment(*words, j, self.sixteen)):
                     registers[j * 4 + register] = value
             warpgroup.fence()
             for j in range(MMAS):
