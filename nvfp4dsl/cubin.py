@@ -97,7 +97,7 @@ def parse(image: bytes) -> Cubin:
     """Reads a cubin. :class:`CompileError` if the bytes are not one."""
     try:
         return _parse(image)
-    except (struct.error, IndexError, ValueError, UnicodeDecodeError) as error:
+    except (struct.error, IndexError, OverflowError, ValueError, UnicodeDecodeError) as error:
         raise CompileError(f"not a readable cubin ({len(image)} bytes): {error}") from error
 
 

@@ -68,11 +68,13 @@ def inspect_(
     cycles_per_omma adds up one warp's stall counts, as ptxas wrote them. predicted_peak_fraction lets all MMA warps of
     a sub-core share it. With --json, one kernel is one object, and several are listed under "kernels". It is a model.
     """
-    if mnk and not device:
-        raise click.UsageError("--mnk predicts a time for a card, so name one with --device")
+    if bool(mnk) != bool(device):
+        raise click.UsageError("a time is predicted for a problem on a card: name them with --mnk and --device")
     if mnk and cubins:
         raise click.UsageError("--mnk needs the tile plan of a kernel of ours, so it cannot go with --cubin")
     card = get_device(device) if device else None
+    if card and card.target != target:
+        raise InspectError(f"{card.name} runs {card.target}; this kernel is for {target}")
     rows = []
     if not cubins:
         if quantizes and activation != "nvfp4":
@@ -83,8 +85,6 @@ def inspect_(
                 kernel = jit.compile(spec, tile, target)
             planned = plan(spec, tile, target)
             report = inspect(kernel.cubin, planned)
-            if card and card.target != target:
-                raise InspectError(f"{card.name} runs {card.target}; this kernel is for {target}")
             time = predict(report, planned, card, *mnk) if card and mnk else None
             rows.append(_row(OURS, target, str(tile), report, planned, time))
     for name, file in (*cubins, *beside):

@@ -241,6 +241,7 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
         smem=smem_fields(spec, tile, stages, epilogue_stages),
         transaction_bytes=stage_bytes(tile),
         threads=(consumers(tile) + 1) * WARPGROUP,
+        producer_warps=WARPGROUP // WARP,
         swapped=True,
         registers=REGISTERS[consumers(tile)],
     )

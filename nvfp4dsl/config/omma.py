@@ -238,6 +238,7 @@ def plan(spec: GemmSpec, tile: TileConfig, target: Target) -> Plan:
         smem=smem_fields(spec, tile, stages, epilogue_stages),
         transaction_bytes=moved,
         threads=(mma_warps + PRODUCER_WARPS) * WARP,
+        producer_warps=PRODUCER_WARPS,
         swapped=swapped(tile),
         groups=groups,
         registers=(MMA_REGISTERS, PRODUCER_REGISTERS) if mma_warps == MMA_WARPS and not spec.quantizes else (),

@@ -133,6 +133,7 @@ class Plan:
         smem: fields in the order they are allocated.
         transaction_bytes: what TMA delivers to one stage's barrier.
         threads: of a CTA.
+        producer_warps: of them, those that do not multiply.
         ctas_per_sm: CTAs that share a multiprocessor.
         swapped: the weight is the instruction's M operand, so tokens lie along its N.
         groups: of MMA warps, each with an output tile of its own: two in ping-pong.
@@ -150,6 +151,7 @@ class Plan:
     smem: tuple[SmemField, ...]
     transaction_bytes: int
     threads: int
+    producer_warps: int = 0
     ctas_per_sm: int = 1
     swapped: bool = False
     groups: int = 1
@@ -168,7 +170,8 @@ class Plan:
 
     @property
     def mma_warps(self) -> int:
-        return self.groups * self.group_warps
+        """Those of all groups: of ping-pong's, and of those that share K."""
+        return self.threads // WARP - self.producer_warps
 
     @property
     def smem_bytes(self) -> int:

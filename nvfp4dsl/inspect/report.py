@@ -127,14 +127,9 @@ def inspect(image: bytes, plan: Plan | None = None, mma_warps: int | None = None
     parsed = cubin.parse(image)
     function, graph, loop, path = main_loop_of(functions(image))
     info = parsed.kernels.get(function.name)
-    warps = plan_mma_warps(plan) if plan else mma_warps or DEFAULT_MMA_WARPS
+    warps = plan.mma_warps if plan else mma_warps or DEFAULT_MMA_WARPS
     ctas = plan.ctas_per_sm if plan else 1
     return _report(parsed.sm, function, graph, loop, path, info, warps, ctas, plan.stages if plan else None)
-
-
-def plan_mma_warps(plan: Plan) -> int:
-    """Warps of a CTA that multiply: they come in eights, and a producer's warpgroup, if there is one, adds four."""
-    return plan.threads // rates.WARP // 8 * 8
 
 
 def main_loop_of(code: list[Function]) -> tuple[Function, Graph, Loop, list[Block]]:

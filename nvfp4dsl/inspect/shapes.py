@@ -9,6 +9,7 @@ from typing import Any
 from nvfp4dsl.config import FLOAT_BYTES, GemmSpec, Plan, hmma, wgmma
 from nvfp4dsl.constants import BLOCK
 from nvfp4dsl.errors import InspectError
+from nvfp4dsl.formats import check_k
 from nvfp4dsl.inspect.report import NOTE, Report
 from nvfp4dsl.layouts import ceil_div, round_up
 from nvfp4dsl.targets import Device
@@ -73,7 +74,9 @@ def predict(report: Report, plan: Plan, device: Device, m: int, n: int, k: int) 
 
     Raises:
         InspectError: the rate of the kernel's MMA is unknown.
+        OperandError: K is not a multiple of 16.
     """
+    check_k(k)
     parts = _parts(report, plan, device, m, n, k)
     tiles, ctas, waves = _waves(plan, device, m, n)
     total, bf16 = _total_us(parts, ctas, device), bf16_us(device, m, n, k)
@@ -147,7 +150,7 @@ def _waves(plan: Plan, device: Device, m: int, n: int) -> tuple[int, int, int]:
 
 
 def _x_bytes(spec: GemmSpec, m: int, k: int) -> float:
-    return m * k * (NVFP4_BYTES if spec.activation == "nvfp4" else 2)
+    return m * k * (NVFP4_BYTES if spec.activation == "nvfp4" and not spec.quantizes else 2)
 
 
 def _bytes(spec: GemmSpec, m: int, n: int, k: int) -> float:

@@ -1,6 +1,7 @@
 """The issue model: parsing, control flow, and cycles on machine code written by hand; then on a compiled kernel."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -203,6 +204,30 @@ def test_prediction_scales_with_the_problem(kernel):
     assert small.predicted_us > small.memory_us == pytest.approx(small.bytes / 273e3 / shapes.MEMORY_EFFICIENCY)
 
 
+@pytest.mark.parametrize(
+    ("target", "activation", "tile", "warps"),
+    [
+        ("sm_121a", "nvfp4", "128x128x128", 8),
+        ("sm_121a", "nvfp4", "128x128x128-pingpong", 8),
+        ("sm_121a", "nvfp4", "8x64x256", 4),
+        ("sm_90a", "bf16", "64x128x128", 16),  # two warpgroups side by side, twice: they share K
+        ("sm_90a", "bf16", "128x192x128", 12),
+        ("sm_90a", "bf16", "256x128x64", 8),
+        ("sm_90a", "bf16", "8x16x4096", 16),
+    ],
+)
+def test_warps_that_multiply(target, activation, tile, warps):
+    assert plan(GemmSpec(activation=activation), TileConfig.parse(tile), target).mma_warps == warps
+
+
+def test_tokens_that_the_kernel_quantizes_come_with_16_bits(kernel):
+    compiled, planned = kernel
+    found, card = inspect(compiled.cubin, planned), get_device("GB10")
+    quantizing = replace(planned, spec=replace(planned.spec, quantizes="bf16"))
+    more = predict(found, quantizing, card, 16, 2880, 7680).bytes - predict(found, planned, card, 16, 2880, 7680).bytes
+    assert more == 16 * 7680 * 2 - 16 * 7680 * 9 // 16
+
+
 def as_json(*args, status=0):
     result = CliRunner().invoke(main, ["inspect", *map(str, args), "--json"])
     assert result.exit_code == status, (result.output, result.exception)
@@ -234,7 +259,10 @@ def test_bad_input(tmp_path):
     junk.write_bytes(b"not a cubin")
     assert as_json("--cubin", junk, status=1)["error"] == "CompileError"
     assert as_json("--device", "GTX 480", "--mnk", "1,2,3", status=1)["error"] == "TargetError"
-    assert CliRunner().invoke(main, ["inspect", "--mnk", "1,2,3"]).exit_code == 2
+    lone = CliRunner().invoke(main, ["inspect", "--mnk", "1,2,3"]), CliRunner().invoke(main, ["inspect", "--device", "GB10"])
+    assert [result.exit_code for result in lone] == [2, 2]
+    assert as_json("--device", "H200", "--mnk", "1,2,16", status=1)["error"] == "InspectError"
+    assert as_json("--device", "GB10", "--mnk", "1,2,17", status=1)["error"] == "OperandError"
     with pytest.raises(InspectError, match="no loop"):
         report.main_loop_of([function(("EXIT",))])
     assert cubin.nvdisasm_path()

@@ -252,6 +252,7 @@ def test_calling_a_kernel_without_its_gpu_names_the_emulator():
 
 
 def test_what_is_not_a_cubin_is_said_to_be_none():
-    for data in (b"", b"hello", b"\x7fELF" + b"\0" * 60):
+    headers = (b"\x7fELF" + b"\0" * 60, b"\x7fELF" + b"\0" * 36 + b"\xff" * 8 + b"\0" * 16)
+    for data in (b"", b"hello", *headers):
         with pytest.raises(CompileError, match="not a readable cubin"):
             cubin.parse(data)
