@@ -42,9 +42,12 @@ class Worker:
         # The caller's own settings of the DSL are not part of the cache key, so they must not reach the compiler.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_VARIABLES)}
         environment["TMPDIR"] = self._folder
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        # It imports what this process would. ``-c`` looks in the current folder first, so that is its own, which holds
+        # no modules: a file in the caller's that happens to be called torch.py is not ours.
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, target, str(theirs.fileno()), self._folder],
+            cwd=self._folder,
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,
             stderr=self._stderr,

@@ -108,6 +108,15 @@ def test_the_callers_own_dsl_settings_do_not_reach_the_compiler(monkeypatch):
 # --- workers ---
 
 
+def test_modules_in_the_current_folder_are_not_the_compilers(monkeypatch, tmp_path):
+    """They would be imported under the key of other sources."""
+    for name in ("nvfp4dsl", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not the one')")
+    pool.close()
+    monkeypatch.chdir(tmp_path)
+    assert not compile(SPEC, TILE, TARGET, builder=SCALE).cached
+
+
 def test_one_worker_compiles_one_kernel_after_another():
     compile(SPEC, TILE, TARGET, builder=SCALE)
     before = workers()
