@@ -104,7 +104,7 @@ class Gemm:
             tma_c, mC_tma = cpasync.make_tiled_tma_atom(
                 store, mC, cute.select(layouts["c"], [0, 1]), (store_box(plan.tile)[0], EPILOGUE_COLUMNS)
             )
-        schedule = SlicedSchedule(plan, mC, cute.ceil_div(mA.shape[1], k // 2), max_ctas)
+        schedule = self._schedule(mA, mC, max_ctas)
         self.kernel(
             *tma["a"], *tma["b"], *tma["sfa"], *tma["sfb"], tma_c, mC_tma, mC, *scaling.tensors(), partials, arrivals
         ).launch(
@@ -135,7 +135,7 @@ class Gemm:
         mPartials: cute.Tensor | None,
         mArrivals: cute.Tensor | None,
     ):
-        plan, (rows, columns), k = self.plan, self.plan.mma_tile, self.plan.tile.k
+        plan, (rows, columns) = self.plan, self.plan.mma_tile
         quantizes = plan.quantize is not None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == plan.mma_warps:
@@ -163,19 +163,19 @@ class Gemm:
         # What the kernel before wrote is read, and what it may still read is written, only after griddepcontrol.wait.
         cute.arch.griddepcontrol_launch_dependents()
         first, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        k_tiles = cute.ceil_div(mA.shape[1], k // 2)
+        # Each role works out its tiles for itself: what both would need from before, the compiler may spill.
         if warp >= plan.mma_warps:
             if cutlass.const_expr(plan.registers):
                 cute.arch.setmaxregister_decrease(plan.registers[1])
             if warp == plan.mma_warps:
-                schedule = SlicedSchedule(plan, mC, k_tiles, stride)
+                schedule = self._schedule(mA, mC, stride)
                 a = self._side("a", rows, (tma_a, mA), (tma_sfa, mSFA), sX)
                 b = None if quantizes else self._side("b", columns, (tma_b, mB), (tma_sfb, mSFB), sX)
                 sides = (a, b) if plan.swapped else (b, a)
                 Producer(plan, schedule, ring, *sides).run(first, stride)
             if cutlass.const_expr(quantizes):  # noqa: SIM102 (one is static, one dynamic)
                 if warp > plan.mma_warps:
-                    schedule = SlicedSchedule(plan, mC, k_tiles, stride)
+                    schedule = self._schedule(mA, mC, stride)
                     into = shared_address(smem["b"]), shared_address(smem["sfb"])
                     quantizer = Quantizer(plan, schedule, ring, mB, mAlphaA, *into, warp - plan.mma_warps - 1)
                     quantizer.run(first, stride)
@@ -190,9 +190,12 @@ class Gemm:
                 epilogue.bind_store(tma_c, mC_tma, sX["c"])
             ring_start = Stage(**{name: shared_address(smem[name]) for name in ("a", "b", "sfa", "sfb")})
             split = SplitSum(plan, mPartials, mArrivals, smem["last"], warp) if plan.tile.split > 1 else None
-            schedule = SlicedSchedule(plan, mC, k_tiles, stride)
+            schedule = self._schedule(mA, mC, stride)
             cute.arch.griddepcontrol_wait()
             Consumer(plan, schedule, ring, mainloop, epilogue, split, turns).run(first, stride, group, ring_start)
+
+    def _schedule(self, mA: cute.Tensor, mC: cute.Tensor, stride: Int32) -> SlicedSchedule:
+        return SlicedSchedule(self.plan, mC, cute.ceil_div(mA.shape[1], self.plan.tile.k // 2), stride)
 
     def _side(self, name: str, extent: int, codes: tuple[Any, Any], scales: tuple[Any, Any], sX: dict) -> Side:
         """What TMA loads of the instruction's operand ``name``; ``codes`` and ``scales`` as (atom, tensor)."""
