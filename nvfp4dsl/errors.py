@@ -25,6 +25,14 @@ class ModeError(NVFP4Error, ValueError):
     """Something was asked for that the numeric mode or autograd does not offer."""
 
 
+class SpecError(NVFP4Error, ValueError):
+    """A spec asks for a type, mode or layout that no kernel has."""
+
+
+class SettingError(NVFP4Error, ValueError):
+    """An environment variable has a value that does not parse."""
+
+
 class TargetError(NVFP4Error, ValueError):
     """Unknown target, or one on which the request cannot run."""
 

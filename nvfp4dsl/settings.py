@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 
 import platformdirs
 
+from nvfp4dsl.errors import SettingError
+
 PREFIX = "NVFP4DSL_"
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ T = TypeVar("T")
 class Setting(Generic[T]):
     """One environment variable, read as an attribute of :class:`Settings`.
 
-    A value that does not parse raises :class:`ValueError` naming the variable, the text and what is allowed.
+    A value that does not parse raises :class:`SettingError` naming the variable, the text and what is allowed.
     """
 
     def __init__(self, default: Callable[[], T], parse: Callable[[str], T], allowed: str, meaning: str) -> None:
@@ -38,8 +40,8 @@ class Setting(Generic[T]):
             return self.default()
         try:
             return self.parse(text)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{self.variable}={text!r}: allowed is {self.allowed}") from None
+        except (ValueError, OverflowError, RuntimeError):  # the last from a home folder that is not there
+            raise SettingError(f"{self.variable}={text!r}: allowed is {self.allowed}") from None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Settings:
             if isinstance(setting, Setting):
                 try:
                     value = getattr(self, name)
-                except ValueError as error:
+                except SettingError as error:
                     value = error
                 rows.append(Description(setting.variable, value, setting.default(), setting.meaning))
         return rows

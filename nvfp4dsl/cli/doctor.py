@@ -15,7 +15,7 @@ from rich.console import Console
 from nvfp4dsl import jit, patches
 from nvfp4dsl.cli.output import json_option, progress, show_rows
 from nvfp4dsl.config import TILES, GemmSpec, legal
-from nvfp4dsl.errors import NVFP4Error
+from nvfp4dsl.errors import NVFP4Error, SettingError
 from nvfp4dsl.settings import settings
 from nvfp4dsl.targets import TARGETS, Target
 
@@ -31,7 +31,7 @@ def doctor(as_json: bool) -> None:
         "toolchain": jit.toolchain(),
         "driver": _driver(),
         "devices": _devices(),
-        "patches": patches.status(jit.observed()),
+        "patches": _patches(),
         "settings": [vars(row) for row in settings.describe()],
         "targets": [_target(t, mode, as_json) for t in TARGETS.values() for mode in t.mainloops],
     }
@@ -61,6 +61,13 @@ def _versions() -> dict[str, str | None]:
             versions[name] = None
     flavours = {name: version for name, version in jit.toolchain().items() if name.startswith("nvidia-cutlass-dsl")}
     return {**versions, **flavours}
+
+
+def _patches() -> dict[str, str]:
+    try:
+        return patches.status(jit.observed())
+    except SettingError as error:  # the table of settings has it
+        return patches.status(patches.Observation(error=str(error)))
 
 
 def _next_step(targets: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nvfp4dsl.errors import NVFP4Error, SettingError
 from nvfp4dsl.settings import PREFIX, settings
 
 
@@ -37,6 +38,7 @@ def test_sizes(monkeypatch, text, value):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("CACHE_DIR", "~nobody-of-that-name/kernels"),
         ("CACHE_BYTES", "many"),
         ("CACHE_BYTES", "-1"),
         ("CACHE_BYTES", "G"),
@@ -50,8 +52,9 @@ def test_sizes(monkeypatch, text, value):
 )
 def test_a_value_that_does_not_parse_names_the_variable_and_what_is_allowed(monkeypatch, name, text):
     monkeypatch.setenv(PREFIX + name, text)
-    with pytest.raises(ValueError, match=rf"{PREFIX}{name}='{text}': allowed is .+"):
+    with pytest.raises(NVFP4Error, match=rf"{PREFIX}{name}='{text}': allowed is .+") as caught:
         getattr(settings, name.lower())
+    assert isinstance(caught.value, ValueError)
 
 
 def test_describe_lists_every_setting_with_its_present_value(monkeypatch):
@@ -60,6 +63,6 @@ def test_describe_lists_every_setting_with_its_present_value(monkeypatch):
     rows = {row.name: row for row in settings.describe()}
     assert set(rows) == {PREFIX + n for n in ("CACHE_DIR", "CACHE_BYTES", "COMPILE_WORKERS", "COMPILE_TIMEOUT")}
     assert rows["NVFP4DSL_COMPILE_WORKERS"].value == 3
-    assert isinstance(rows["NVFP4DSL_COMPILE_TIMEOUT"].value, ValueError)
+    assert isinstance(rows["NVFP4DSL_COMPILE_TIMEOUT"].value, SettingError)
     assert rows["NVFP4DSL_COMPILE_TIMEOUT"].default == 600
     assert all(row.meaning for row in rows.values())
