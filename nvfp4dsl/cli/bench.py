@@ -18,7 +18,7 @@ from rich.console import Console
 from nvfp4dsl.autotune import bench as benches
 from nvfp4dsl.autotune import measure, report
 from nvfp4dsl.autotune.peers import LINEAR, select
-from nvfp4dsl.cli.output import JSON_META, show_rows
+from nvfp4dsl.cli.output import JSON_META, read_text, show_rows
 
 STDOUT = "-"
 
@@ -56,7 +56,7 @@ def _peer(text: str) -> str:
 
 
 def _remember_json(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    ctx.meta[JSON_META] = value == STDOUT
+    ctx.meta[JSON_META] = value == STDOUT  # with a file for results, errors are lines
     return value
 
 
@@ -93,6 +93,7 @@ PEERS = Listed("PEER", _peer, "stream,cublas,nvfp4dsl")
     "target",
     is_flag=False,
     flag_value=STDOUT,
+    is_eager=True,  # before an option that may be wrong
     callback=_remember_json,
     help="Write results to this file, after each point; without a file, print them.",
 )
@@ -149,7 +150,7 @@ def bench(
     if png:
         report.picture(run, png)
     for document in into:
-        document.write_text(report.insert(run, document.read_text()))
+        document.write_text(report.insert(run, read_text(document)))
     if not source and any(r.status in (measure.WRONG, measure.FAILED) for p in run.points for r in p.results.values()):
         click.get_current_context().exit(1)
 

@@ -59,7 +59,9 @@ def clear(as_json: bool) -> None:
 
 
 @cache.command("prune")
-@click.option("--bytes", "limit", type=int, help="Prune to this size rather than to NVFP4DSL_CACHE_BYTES.")
+@click.option(
+    "--bytes", "limit", type=click.IntRange(min=0), help="Prune to this size rather than to NVFP4DSL_CACHE_BYTES."
+)
 @json_option
 def prune(limit: int | None, as_json: bool) -> None:
     """Remove the least recently used entries until the cache is within its limit."""

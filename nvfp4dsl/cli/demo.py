@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from nvfp4dsl import dispatch, ops, reference
-from nvfp4dsl.cli.output import json_option, out_dtype_option, progress, show, target_option, tile_option
+from nvfp4dsl.cli.output import SEED, json_option, out_dtype_option, progress, show, target_option, tile_option
 from nvfp4dsl.config import TileConfig
 from nvfp4dsl.errors import OperandError
 from nvfp4dsl.formats import NVFP4Tensor
@@ -45,7 +46,7 @@ class Extents(click.ParamType):
 @click.command()
 @target_option
 @click.option("--mnk", type=Extents(), help="Random operands of this shape instead of the real weight.")
-@click.option("--seed", default=0, show_default=True, help="Of random operands and of the emulator's order.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of random operands and of the emulator's order.")
 @tile_option
 @out_dtype_option
 @click.option("--weights", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A safetensors file.")
@@ -71,6 +72,8 @@ def demo(
     block-scaled MMA (bits_differing).
     """
     get_target(target)
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     x, weight = _operands(mnk, seed, weights, tensor)
     with dispatch.emulate(target, seed=seed) as emulation:
         a, b = ops.quantize(x), ops.quantize(weight)
@@ -125,7 +128,10 @@ def _operands(
 def _load(weights: Path | None, tensor: str | None) -> torch.Tensor:
     """A matrix of a safetensors file; of the packaged one if none is named. A file with one matrix needs no name."""
     with importlib.resources.as_file(importlib.resources.files("nvfp4dsl.data") / WEIGHTS) as packaged:
-        tensors = load_file(weights or packaged)
+        try:
+            tensors = load_file(weights or packaged)
+        except SafetensorError as error:
+            raise OperandError(f"{weights or WEIGHTS} is not a safetensors file: {error}") from None
     matrices = {name: t for name, t in tensors.items() if t.ndim == 2 and t.is_floating_point()}
     if tensor is None and len(matrices) == 1:
         (tensor,) = matrices
@@ -148,12 +154,11 @@ def _dump(
     """Everything needed to recompute the result without this package: operands as given and as quantized (canonical
     layout), the output, the PTX, and the launch with the output the arithmetic model expects, on which ``nvfp4dsl
     emulate`` runs the PTX again."""
-    folder.mkdir(parents=True, exist_ok=True)
     operands = {"x": x, "weight": weight}
     for name, quantized in (("a", a.canonical()), ("b", b.canonical())):
         for part in ("qdata", "scale", "global_scale"):
             operands[f"{name}.{part}"] = getattr(quantized, part)
-    save_file({name: t.contiguous() for name, t in operands.items()}, folder / "operands.safetensors")
-    save_file({"y": y.contiguous()}, folder / "output.safetensors")
+    (folder / "operands.safetensors").write_bytes(save({name: t.contiguous() for name, t in operands.items()}))
+    (folder / "output.safetensors").write_bytes(save({"y": y.contiguous()}))
     (folder / "kernel.ptx").write_text(run.kernel.ptx)
     run.launch.save(folder / "launch.npz")

@@ -10,7 +10,17 @@ import click
 import numpy as np
 
 from nvfp4dsl import emulator, jit
-from nvfp4dsl.cli.output import json_option, out_dtype_option, progress, show, target_option, tile_option
+from nvfp4dsl.cli.output import (
+    SEED,
+    check_writable,
+    json_option,
+    out_dtype_option,
+    progress,
+    read_text,
+    show,
+    target_option,
+    tile_option,
+)
 from nvfp4dsl.config import TILES, GemmSpec, TileConfig
 from nvfp4dsl.emulator.faults import Fault
 from nvfp4dsl.emulator.launch import Launch
@@ -63,7 +73,7 @@ def summary(kernel: jit.CompiledKernel) -> dict:
 @click.command("emulate")
 @click.argument("ptx", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("launch", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--seed", default=0, show_default=True, help="Of the adversarial order of warps and copies.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the adversarial order of warps and copies.")
 @click.option(
     "--tolerate", multiple=True, type=click.Choice(sorted(FAULTS)), help="Report this kind of fault, but go on."
 )
@@ -75,9 +85,11 @@ def emulate(ptx: Path, launch: Path, seed: int, tolerate: tuple[str, ...], out: 
     A fault is reported by name, and the exit status is 1; so is a result other than the one a launch of ``nvfp4dsl demo
     --dump`` expects.
     """
-    loaded = Launch.load(launch)
+    text, loaded = read_text(ptx), Launch.load(launch)
+    if out is not None:
+        check_writable(out)
     with progress(f"emulating {loaded.kernel[:40]}", as_json):
-        report = emulator.run(ptx.read_text(), loaded, seed=seed, tolerate=[FAULTS[name] for name in tolerate])
+        report = emulator.run(text, loaded, seed=seed, tolerate=[FAULTS[name] for name in tolerate])
     if out is not None:
         with out.open("wb") as file:
             np.savez(file, **{b.name: b.data for b in loaded.buffers if b.writable})  # type: ignore[arg-type]

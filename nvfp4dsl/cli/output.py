@@ -1,4 +1,4 @@
-"""How subcommands speak: a table or one JSON object on stdout, progress on stderr, typed errors as one message."""
+"""How subcommands speak: a table or one JSON object on stdout, progress on stderr, errors as one message."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,20 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from nvfp4dsl.config import FLOAT_BYTES, TILES
-from nvfp4dsl.errors import NVFP4Error, StuckDeviceError
+from nvfp4dsl.errors import NVFP4Error, OperandError, StuckDeviceError
 from nvfp4dsl.targets import TARGETS
 
+#: whether errors are printed as JSON, in a context's ``meta``, which a group shares with its commands
 JSON_META = "nvfp4dsl.json"
+#: what both torch and numpy take
+SEED = click.IntRange(0, 2**64 - 1)
 
-
-def _remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
-    ctx.meta[JSON_META] = value  # meta is shared with the group, which prints errors
-    return value
-
-
-json_option = click.option(
-    "--json", "as_json", is_flag=True, callback=_remember_json, help="Print one JSON object instead of a table."
-)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 target_option = click.option(
     "--target", default="sm_121a", show_default=True, metavar="|".join(TARGETS), help="Instruction set."
 )
@@ -40,19 +36,62 @@ out_dtype_option = click.option(
 
 
 class Group(click.Group):
-    """A group whose commands turn this package's errors into exit status 1: a JSON object or a line on stderr."""
+    """A group whose commands turn errors into one JSON object, or a line on stderr: this package's and the system's, at
+    exit status 1. Usage errors are click's, at exit status 2, but for the object."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[JSON_META] = "--json" in args  # read here, since a usage error may keep the option from being parsed
+        with _reported(ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _reported(ctx):
             return super().invoke(ctx)
-        except NVFP4Error as error:
-            if ctx.meta.get(JSON_META):
-                click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-            else:
-                click.echo(f"{type(error).__name__}: {error}", err=True)
-            if isinstance(error, StuckDeviceError):
-                os._exit(1)  # an ordinary exit waits for the device
-            ctx.exit(1)
+
+
+@contextmanager
+def _reported(ctx: click.Context) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # whoever read the output has enough; click ends quietly
+        raise
+    except (NVFP4Error, OSError) as error:
+        if ctx.meta[JSON_META]:
+            _print_json(error, str(error))
+        else:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+        if isinstance(error, StuckDeviceError):
+            os._exit(1)  # an ordinary exit waits for the device
+        ctx.exit(1)
+    except click.ClickException as error:
+        if not ctx.meta[JSON_META]:
+            raise
+        _print_json(error, error.format_message())
+        ctx.exit(error.exit_code)
+
+
+def _print_json(error: Exception, message: str) -> None:
+    click.echo(json.dumps({"error": type(error).__name__, "message": message}))
+
+
+def read_text(path: Path) -> str:
+    """A file that the user named.
+
+    Raises:
+        OperandError: it is not text.
+    """
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise OperandError(f"{path} is not a text file: {error}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if ``path`` cannot be written: before the work whose result goes there, not after it."""
+    existed = path.exists()
+    path.open("ab").close()
+    if not existed:
+        path.unlink()
 
 
 def show(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:

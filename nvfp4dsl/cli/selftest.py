@@ -15,7 +15,7 @@ from rich.console import Console
 
 from nvfp4dsl import selftest
 from nvfp4dsl.autotune import measure
-from nvfp4dsl.cli.output import json_option
+from nvfp4dsl.cli.output import check_writable, json_option
 from nvfp4dsl.errors import TargetError
 from nvfp4dsl.targets import TARGETS, Target, get_target, target_of_capability
 
@@ -52,6 +52,8 @@ def selftest_(
     chosen = [case for case in selftest.cases(target, everything) if only in str(case)]
     if not chosen:
         raise click.UsageError(f"no case of {target.name} has {only!r} in its name")
+    report = out or Path(f"nvfp4dsl-selftest-{target.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json")
+    check_writable(report)
     console.print(
         f"{len(chosen)} cases for {target.name} ({target.chips}), {_where(device)}; compiling", highlight=False
     )
@@ -65,8 +67,12 @@ def selftest_(
     )
     if timings and device == "cuda":
         result.timings = selftest.timings(target, lambda row: console.print(_timing(row), highlight=False))
-    report = out or Path(f"nvfp4dsl-selftest-{target.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json")
-    report.write_text(json.dumps(result.as_json(), indent=1) + "\n")
+    try:
+        report.write_text(json.dumps(result.as_json(), indent=1) + "\n")
+    except OSError as error:  # a run may take an hour on a borrowed card: what it found is not lost
+        click.echo(json.dumps({**result.as_json(), "report": None}))
+        click.echo(f"{type(error).__name__}: {error}; the report is on stdout instead", err=True)
+        click.get_current_context().exit(1)
     if as_json:
         click.echo(json.dumps({**result.as_json(), "report": str(report)}))
     else:

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import nvfp4dsl as nv
-from nvfp4dsl import reference
+from nvfp4dsl import emulator, reference
 from nvfp4dsl.cli import main, output
+from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.errors import StuckDeviceError
 from nvfp4dsl.testing import bits_differing, relative_error
 
@@ -142,6 +143,94 @@ def test_errors_are_one_object_or_one_line(args, kind, word):
     assert error["error"] == kind
     assert word in error["message"]
     assert kind in invoke(*args, status=1)
+
+
+def told(*args, status=1):
+    """What a command that fails says, without a traceback, on stderr: lines."""
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    return result.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "word"),
+    [
+        (("compile", "--ptx", "/nonexistent/x"), "FileNotFoundError", "/nonexistent/x"),
+        (("compile", "--ptx", "/tmp"), "IsADirectoryError", "/tmp"),
+        (("demo", "--mnk", "16,16,32", "--dump", "/proc/x"), "FileNotFoundError", "/proc/x"),
+        (("demo", "--weights", __file__), "OperandError", "not a safetensors file"),
+    ],
+)
+def test_files_that_cannot_be_read_or_written_are_one_line(args, kind, word):
+    (line,) = told(*args)
+    assert line.startswith(f"{kind}: ")
+    assert word in line
+    assert as_json(*args, status=1)["error"] == kind
+
+
+def test_emulate_looks_at_its_files_before_it_executes(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("executed")
+
+    ptx, binary, launch = (tmp_path / name for name in ("k.ptx", "k.cubin", "launch.npz"))
+    ptx.write_text("")
+    binary.write_bytes(b"\x7fELF\xff\xfe")
+    Launch("k", (1, 1, 1), (1, 1, 1), (1, 1, 1), 0, [], []).save(launch)
+    monkeypatch.setattr(emulator, "run", refuse)
+    (line,) = told("emulate", binary, launch)
+    assert line.startswith(f"OperandError: {binary} is not a text file")
+    (line,) = told("emulate", ptx, launch, "--out", "/nonexistent/a.npz")
+    assert line.startswith("FileNotFoundError: ")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("demo", "--seed", -1),
+        ("demo", "--seed", 1 << 64),
+        ("emulate", __file__, __file__, "--seed", -5),
+        ("cache", "prune", "--bytes", -5),
+        ("cache", "prune", "--bogus"),
+        ("compile", "--out-dtype", "int8"),
+        ("bogus",),
+        ("--bogus",),
+        ("bench", "--m", "none"),
+    ],
+)
+def test_usage_errors_are_an_object_too(args):
+    error = as_json(*args, status=2)
+    assert set(error) == {"error", "message"}
+    assert str(args[-1]) in error["message"]
+    assert told(*args, status=2)[0].startswith("Usage: ")
+
+
+def test_bench_tells_people_of_errors_where_results_go_to_a_file(tmp_path):
+    (tmp_path / "r.json").write_text("{}")
+    args = ("bench", "--from", tmp_path / "r.json", "--json")
+    assert as_json(*args[:-1], status=1)["error"] == "OperandError"
+    (line,) = told(*args, tmp_path / "out.json")
+    assert line.startswith("OperandError: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "command"),
+    [
+        ("CACHE_BYTES", "foo", "cache info"),
+        ("COMPILE_WORKERS", "0", "compile"),
+        ("CACHE_DIR", "~no-such-user/x", "cache ls"),
+    ],
+)
+def test_a_setting_that_does_not_parse_is_one_line_and_doctor_goes_on(monkeypatch, tmp_path, name, text, command):
+    monkeypatch.setenv("NVFP4DSL_CACHE_DIR", str(tmp_path))  # nothing is compiled yet
+    monkeypatch.setenv(f"NVFP4DSL_{name}", text)
+    (line,) = told(*command.split())
+    assert line.startswith(f"SettingError: NVFP4DSL_{name}='{text}': allowed is ")
+    report = as_json("doctor")
+    (row,) = (row for row in report["settings"] if row["name"] == f"NVFP4DSL_{name}")
+    assert "allowed is" in row["value"]
+    assert not any(row["compiles"] == "yes" for row in report["targets"])
 
 
 def test_tables_are_readable():

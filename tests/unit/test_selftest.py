@@ -92,6 +92,24 @@ def test_it_refuses_without_a_gpu():
     assert "--emulate" in json.loads(result.output)["message"]
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr(selftest, "run", lambda *_, **__: pytest.fail("it ran"))
+    result = CliRunner().invoke(main, ["selftest", "--emulate", "sm_121a", "--out", "/nonexistent/x.json"])
+    assert result.exit_code == 1
+    assert result.output.startswith("FileNotFoundError: ")
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_report_that_could_not_be_written_is_printed(monkeypatch, options):
+    found = selftest.SelfTest("sm_121a", "emulator", {})
+    monkeypatch.setattr(selftest, "run", lambda *_, **__: found)
+    result = CliRunner().invoke(main, ["selftest", "--emulate", "sm_121a", "--out", "/dev/full", *options])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == found.as_json() | {"report": None}
+    assert "No space left" in result.stderr
+
+
 @pytest.mark.parametrize(("target", "only"), [("sm_121a", "mm 128x128x128 70x136x1040 fp32"), ("sm_90a", "bias bf16")])
 def test_the_emulator_reproduces_what_is_stored(target, only, tmp_path):
     report = tmp_path / "report.json"
