@@ -38,6 +38,9 @@ GUARD = 1 << 20
 """Bytes of unmapped addresses between two buffers, so that a stray access falls into nothing."""
 ALIGNMENT = 256
 """What ``cudaMalloc`` promises; a buffer is put on an odd multiple of it, so that nothing can rely on more."""
+VECTOR = 16
+"""The longest access of a thread, and what TMA asks of an address: a tensor that starts off a multiple of it keeps its
+distance. Not that to a multiple of ALIGNMENT, which CPU allocators do not promise."""
 
 # DLDataType (code, bits, lanes) by torch's name, from dlpack.h.
 _DTYPES = {
@@ -232,7 +235,7 @@ def _buffer(tensor: Any, name: str, output: bool, address: int) -> Buffer:
         raise LaunchError(f"argument {name!r} has a negative stride {strides}; make it contiguous")
     span = (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))) * item if 0 not in shape else 0
     data = np.frombuffer(ctypes.string_at(start, span) if span else b"", np.uint8).copy()
-    return Buffer(name, address, data, dtype, shape, strides, writable=output, init=not output)
+    return Buffer(name, address + start % VECTOR, data, dtype, shape, strides, writable=output, init=not output)
 
 
 def _dl_tensor(buffer: Buffer) -> _DLTensor:

@@ -74,6 +74,11 @@ def test_buffers_lie_apart_and_are_no_better_aligned_than_promised():
     assert all(b.address - a.end >= GUARD for a, b in pairwise(launch.buffers))
 
 
+def test_a_buffer_is_as_misaligned_as_its_tensor():
+    (launch,) = call(tiny(), torch.arange(8.0)[1:], Y, None, 1)
+    assert (launch.buffer("x").address % ALIGNMENT, launch.buffer("y").address % ALIGNMENT) == (4, 0)
+
+
 def test_the_buffers_are_copies():
     x = X.clone()
     (launch,) = call(tiny(), x, Y, None, 1)
