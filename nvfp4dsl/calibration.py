@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
@@ -39,6 +40,7 @@ class Calibration:
             raise OperandError(f"x is on {x.device}, what came before on {self._amax.device}; calibrate on one device")
         if x.device.type == "cpu":
             reference.check_finite(x)
+        x = x.detach()  # or the maximum would hold on to the graph that x comes from
         amax = x.abs().amax().float() if dispatch.site(x.device) is None else quantization.amax(x)
         self._amax = amax if self._amax is None else torch.maximum(self._amax, amax)
 
@@ -109,10 +111,18 @@ class Saturation:
                 f"{share:.1%} of the blocks so far are too large for the static global scale and were clipped; "
                 "calibrate again on data like this, or leave the global scale out",
                 SaturationWarning,
-                stacklevel=4,
+                stacklevel=_stacklevel(),
             )
 
     @staticmethod
     def _share(counts: torch.Tensor) -> float:
         saturated, blocks = counts.tolist()
         return saturated / blocks if blocks else 0.0
+
+
+def _stacklevel() -> int:
+    """What makes a warning of the caller's point outside this package, whichever function was called from there."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    return level

@@ -36,7 +36,7 @@ from nvfp4dsl.config.skinny import CHUNK_K
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.emulator.launch import Launch
 from nvfp4dsl.errors import LaunchError, LayoutError, ModeError, OperandError, TargetError, TileError
-from nvfp4dsl.formats import NVFP4Tensor
+from nvfp4dsl.formats import NVFP4Tensor, check_count
 from nvfp4dsl.layouts import FRAGMENT_ROWS, TMA_ROW_BYTES
 from nvfp4dsl.packing import layout_for, prepare
 from nvfp4dsl.targets import DEVICES, Target, get_target, target_of_capability
@@ -105,12 +105,12 @@ def emulate(target: str, *, seed: int = 0, max_ctas: int | None = None) -> Itera
 
     Raises:
         TargetError: unknown target.
+        OperandError: ``max_ctas`` is not a whole number from 1.
     """
     row = get_target(target)
     if max_ctas is None:
         max_ctas = first_device_sms(row.name)
-    if max_ctas < 1:
-        raise ValueError(f"max_ctas is {max_ctas}; a launch needs at least one CTA")
+    check_count("max_ctas", max_ctas)
     token = _emulation.set(Emulation(row, seed, max_ctas))
     try:
         yield _emulation.get()  # type: ignore[misc]
@@ -299,7 +299,7 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, m, k)
     vector = TMA_ROW_BYTES // x.element_size()
     if rows.stride(-1) != 1 or rows.data_ptr() % TMA_ROW_BYTES or any(s % vector for s in rows.stride()[:-1]):
-        rows = rows.contiguous().view(-1, m, k)
+        rows = rows.clone(memory_format=torch.contiguous_format)  # contiguous() may leave it where it is
     return rows
 
 
@@ -339,7 +339,7 @@ def gemm_spec(
         ModeError: unknown ``overlap``.
     """
     name = FLOATS[out_dtype]
-    pdl, early_weights = _overlap(overlap)
+    pdl, early_weights = overlaps(overlap)
     return GemmSpec(
         activation="nvfp4",
         out_dtype=name,
@@ -356,9 +356,13 @@ def quantizes_rows(m: int, dtype: torch.dtype) -> bool:
     return m <= omma.MAX_QUANTIZED_TOKENS and dtype in QUANTIZED
 
 
-def _overlap(overlap: str) -> tuple[bool, bool]:
-    """(``GemmSpec.pdl``, ``GemmSpec.early_weights``)."""
-    if overlap not in OVERLAPS:
+def overlaps(overlap: str) -> tuple[bool, bool]:
+    """(``GemmSpec.pdl``, ``GemmSpec.early_weights``).
+
+    Raises:
+        ModeError: unknown ``overlap``.
+    """
+    if not isinstance(overlap, str) or overlap not in OVERLAPS:
         raise ModeError(f"overlap is {overlap!r}; it must be {', '.join(map(repr, OVERLAPS))}")
     return OVERLAPS[overlap]
 
@@ -394,7 +398,7 @@ def linear_spec(
     Raises:
         ModeError: unknown ``overlap``.
     """
-    pdl, early_weights = _overlap(overlap)
+    pdl, early_weights = overlaps(overlap)
     return GemmSpec(
         activation="bf16",
         out_dtype=FLOATS[out_dtype],
@@ -404,6 +408,12 @@ def linear_spec(
         pdl=pdl,
         early_weights=early_weights,
     )
+
+
+def check_multiplied(dtype: torch.dtype) -> None:
+    """Raise :class:`OperandError` unless the kernels of mode bf16 multiply x of this dtype."""
+    if dtype != torch.bfloat16:
+        raise OperandError(f"x is {dtype}; the W4A16 kernels multiply bfloat16, so cast it, or use activation='nvfp4'")
 
 
 def linear_kernel(spec: GemmSpec, m: int, weight: NVFP4Tensor, target: str) -> jit.CompiledKernel:
@@ -439,10 +449,7 @@ def w4a16(
         TargetError: the target has no kernel for this.
     """
     check_layout("weight", weight, target, "bf16")
-    if x.dtype != torch.bfloat16:
-        raise OperandError(
-            f"x is {x.dtype}; the W4A16 kernels multiply bfloat16, so cast it, or use activation='nvfp4'"
-        )
+    check_multiplied(x.dtype)
     n, rows = weight.shape[-2], x.shape[0]
     spec = linear_spec(n, weight.k, out_dtype, None if bias is None else bias.dtype, overlap)
     out = torch.empty((rows, n), dtype=out_dtype, device=x.device)

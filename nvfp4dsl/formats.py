@@ -6,8 +6,10 @@ formats that store its reciprocal are converted when they are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +40,13 @@ __all__ = [
     "STORAGES",
     "NVFP4Tensor",
     "Storage",
+    "as_number",
+    "check_count",
     "check_k",
+    "check_nvfp4",
+    "check_row_ends",
+    "check_scale_shape",
+    "check_tensor",
     "decode_codes",
     "pack_codes",
     "unpack_codes",
@@ -55,6 +63,27 @@ def check_k(k: int, what: str = "K") -> None:
             f"{what} is {k}, but NVFP4 shares one scale among {BLOCK} values along K, so K must be a positive multiple "
             f"of {BLOCK}; pad K with zeros up to {max(BLOCK, -(-k // BLOCK) * BLOCK)}"
         )
+
+
+def check_count(name: str, given: object) -> None:
+    """Raise :class:`OperandError` unless ``given`` is a whole number from 1."""
+    if not isinstance(given, numbers.Integral) or given < 1:
+        raise OperandError(f"{name} is {given!r}; it must be a whole number from 1")
+
+
+def as_number(name: str, given: Any) -> float:
+    """``given`` as a float; raises :class:`OperandError` unless it is a real number."""
+    if not isinstance(given, numbers.Real):
+        raise OperandError(f"{name} is {given!r}; it must be a number")
+    return float(given)
+
+
+def check_tensor(name: str, given: object) -> None:
+    """Raise :class:`OperandError` unless ``given`` is a dense tensor of torch."""
+    if not isinstance(given, torch.Tensor):
+        raise OperandError(f"{name} is a {type(given).__name__}; it must be a torch.Tensor")
+    if given.layout != torch.strided:
+        raise OperandError(f"{name} is {given.layout}; it must be dense: use .to_dense()")
 
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
@@ -146,7 +175,8 @@ class NVFP4Tensor:
 
     def __post_init__(self) -> None:
         if self.row_ends is not None:
-            object.__setattr__(self, "row_ends", tuple(self.row_ends))
+            ends = tuple(self.row_ends) if isinstance(self.row_ends, Iterable) else self.row_ends
+            object.__setattr__(self, "row_ends", ends)
         _check_kind(self)
         if self.k == 0 and self.layout == CANONICAL:
             object.__setattr__(self, "k", self.qdata.shape[-1] * NIBBLES)
@@ -253,8 +283,7 @@ def _check_kind(t: NVFP4Tensor) -> None:
         raise LayoutError(f"layout {t.layout!r} is unknown; known layouts: {', '.join(sorted(STORAGES))}")
     for name, dtype in (("qdata", torch.uint8), ("scale", torch.float8_e4m3fn), ("global_scale", torch.float32)):
         given = getattr(t, name)
-        if not isinstance(given, torch.Tensor):
-            raise OperandError(f"{name} is a {type(given).__name__}; it must be a torch.Tensor of {dtype}")
+        check_tensor(name, given)
         if given.dtype != dtype:
             raise OperandError(f"{name} is {given.dtype}; it must be {dtype}{_dtype_hint(name, given)}")
     if len({t.qdata.device, t.scale.device, t.global_scale.device}) > 1:
@@ -284,7 +313,9 @@ def _check_shapes(t: NVFP4Tensor) -> None:
                 f"{name} has shape {list(getattr(t, name).shape)}; layout {t.layout!r} stores the {name} of a "
                 f"{logical} tensor as {list(expected)}"
             )
-    _check_row_ranges(t, batch, n)
+    if t.row_ends is not None:
+        check_row_ends(t.row_ends, n)
+    check_scale_shape(t.global_scale, batch, t.row_ends)
     for name in ("qdata", "scale"):
         given = getattr(t, name)
         if STORAGES[t.layout].compact and not given.is_contiguous():
@@ -293,20 +324,29 @@ def _check_shapes(t: NVFP4Tensor) -> None:
             raise OperandError(f"{name} is not contiguous along K (strides {given.stride()}); use .contiguous()")
 
 
-def _check_row_ranges(t: NVFP4Tensor, batch: tuple[int, ...], n: int) -> None:
-    ranges: tuple[int, ...] = ()
-    if t.row_ends is not None:
-        begins = (0, *t.row_ends)
-        if not t.row_ends or t.row_ends[-1] != n or any(b >= e for b, e in zip(begins, t.row_ends, strict=False)):
-            raise OperandError(f"row_ends is {t.row_ends}; it must ascend from above 0 to N = {n}")
-        ranges = (len(t.row_ends),)
+def check_row_ends(row_ends: Any, n: int) -> None:
+    """Raise :class:`OperandError` unless these are the ends of ranges that make up ``n`` rows."""
+    whole = isinstance(row_ends, (tuple, list)) and all(isinstance(end, numbers.Integral) for end in row_ends)
+    if not whole or not row_ends or row_ends[-1] != n or any(b >= e for b, e in pairwise((0, *row_ends))):
+        raise OperandError(f"row_ends is {row_ends!r}; it must be whole numbers that ascend from above 0 to N = {n}")
+
+
+def check_scale_shape(global_scale: torch.Tensor, batch: tuple[int, ...], row_ends: tuple[int, ...] | None) -> None:
+    """Raise :class:`OperandError` unless a global scale fits a batch of matrices of these row ranges."""
+    ranges = () if row_ends is None else (len(row_ends),)
     allowed = [ranges] if not batch else [ranges, batch + ranges]
-    if tuple(t.global_scale.shape) not in allowed:
+    if tuple(global_scale.shape) not in allowed:
         what = "one per row range" if ranges else "one per tensor; for one per row range also give row_ends"
         raise OperandError(
-            f"global_scale has shape {list(t.global_scale.shape)}; allowed: "
+            f"global_scale has shape {list(global_scale.shape)}; allowed: "
             f"{' or '.join(str(list(s)) for s in allowed)} ({what}{'; or one per matrix of a batch' if batch else ''})"
         )
+
+
+def check_nvfp4(name: str, given: object) -> None:
+    """Raise :class:`OperandError` unless ``given`` is quantized."""
+    if not isinstance(given, NVFP4Tensor):
+        raise OperandError(f"{name} is a {type(given).__name__}; it must be an NVFP4Tensor: call quantize first")
 
 
 def _check_values(t: NVFP4Tensor) -> None:

@@ -8,6 +8,7 @@ where its operands live (:mod:`nvfp4dsl.dispatch`): the oracle on a CPU, the rea
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ from nvfp4dsl.calibration import Saturation
 from nvfp4dsl.config import TileConfig
 from nvfp4dsl.dispatch import DEFAULT_OVERLAP
 from nvfp4dsl.errors import ModeError, OperandError, TargetError
-from nvfp4dsl.formats import CANONICAL, NVFP4Tensor
+from nvfp4dsl.formats import CANONICAL, NVFP4Tensor, as_number, check_count, check_k, check_row_ends, check_tensor
 from nvfp4dsl.jit import CompiledKernel
 from nvfp4dsl.packing import BLACKWELL, layout_for, prepare
 from nvfp4dsl.targets import Target, get_target
@@ -45,14 +46,10 @@ def quantize(
     Args:
         saturation: count the blocks that ``global_scale`` is too small for.
     """
-    if row_ends is not None:
-        target = dispatch.site(x.device)
-        quantized = reference.quantize(
-            x, global_scale, row_ends=row_ends, per_matrix=per_matrix, four_over_six=four_over_six
-        )
-        return quantized if target is None else prepare(quantized, target.name)
     reference.check_rows(x)
-    return _quantized(x, None, global_scale, per_matrix, four_over_six, saturation)
+    if row_ends is not None:
+        check_row_ends(row_ends, x.shape[-2])
+    return _quantized(x, None, global_scale, per_matrix, four_over_six, saturation, row_ends)
 
 
 def quantize_silu_mul(
@@ -74,7 +71,7 @@ def quantize_silu_mul(
     Raises:
         OperandError: besides what :func:`quantize` raises, if they differ.
     """
-    reference.check_rows(gate)
+    reference.check_rows(gate, "gate")
     _check_like("up", up, "gate", gate)
     return _quantized(gate, up, global_scale, per_matrix, four_over_six, saturation)
 
@@ -100,10 +97,12 @@ def quantize_rms_norm(
         residual: of x's shape and dtype; replaced by the sum.
 
     Raises:
-        OperandError: besides what :func:`quantize` raises, if shapes, dtypes or devices differ, there is no scale, or
-            ``eps`` is negative or not finite.
+        OperandError: besides what :func:`quantize` raises, if shapes, dtypes or devices differ, there is no scale,
+            ``eps`` is negative or not finite, rows of ``residual`` share memory, or the norm overflows on a CPU.
+        ModeError: ``residual`` asks for a gradient.
     """
     reference.check_rows(x)
+    check_tensor("weight", weight)
     if tuple(weight.shape) != (x.shape[-1],) or weight.dtype != x.dtype or weight.device != x.device:
         raise OperandError(
             f"weight is {weight.dtype} {list(weight.shape)} on {weight.device}; it must be {x.dtype} [{x.shape[-1]}] "
@@ -111,16 +110,25 @@ def quantize_rms_norm(
         )
     if residual is not None:
         _check_like("residual", residual, "x", x)
+        if any(stride == 0 and n > 1 for stride, n in zip(residual.stride(), residual.shape, strict=True)):
+            raise OperandError(
+                f"residual is expanded (strides {residual.stride()}), but each row is written; use .contiguous()"
+            )
+        if residual.requires_grad and torch.is_grad_enabled():
+            raise ModeError("residual asks for a gradient, but is overwritten; call this under torch.no_grad()")
+    eps = as_number("eps", eps)
     if not 0 <= eps < math.inf:
         raise OperandError(f"eps is {eps}; it is added to a mean of squares, and must be finite and not negative")
     scale = quantization.global_scale_for(x, global_scale)
     if scale is None:
         raise OperandError("quantize_rms_norm needs a global scale: calibrate one, see nvfp4dsl.Calibration")
+    x, weight = x.detach(), weight.detach()
     _check_finite(x=x, weight=weight, residual=residual)
     counts = saturation.counts(x.device) if saturation else None
     target = _target_at(x.device)
     if not target:
         y, h = reference.rms_norm(x, weight, eps, residual)
+        reference.check_finite(y, "rms_norm(x)")  # before anything is overwritten
         if residual is not None:
             residual.copy_(h)
         return _quantized(y, None, scale, False, False, saturation)
@@ -132,6 +140,7 @@ def quantize_rms_norm(
 
 
 def _check_like(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    check_tensor(name, t)
     if (t.shape, t.dtype, t.device) != (other.shape, other.dtype, other.device):
         raise OperandError(
             f"{name} is {t.dtype} {list(t.shape)} on {t.device}, {other_name} {other.dtype} {list(other.shape)} on "
@@ -170,21 +179,27 @@ def _quantized(
     per_matrix: bool = False,
     four_over_six: bool = False,
     saturation: Saturation | None = None,
+    row_ends: tuple[int, ...] | None = None,
     layout: str | None = None,
 ) -> NVFP4Tensor:
     """x, or silu(x) * up, in the layout that the place reads, or in ``layout``, a kernel's."""
-    scale = quantization.global_scale_for(x, global_scale)
+    scale = quantization.global_scale_for(x, global_scale, row_ends)
     if saturation is not None and scale is None:
         raise OperandError(
             "saturation is counted against a global scale, and there is none: a tensor's own always fits"
         )
     counts = saturation.counts(x.device) if saturation else None
     target = _target_at(x.device)
-    if not target:
+    x, up = x.detach(), None if up is None else up.detach()
+    if row_ends is not None or not target:
         value = x if up is None else reference.silu_mul(x, up)
-        quantized = reference.quantize(value, scale, per_matrix=per_matrix, four_over_six=four_over_six)
-        if counts is not None and scale is not None:
-            counts += torch.stack([reference.saturated_blocks(value, scale), torch.tensor(quantized.scale.numel())])
+        quantized = reference.quantize(
+            value, scale, row_ends=row_ends, per_matrix=per_matrix, four_over_six=four_over_six
+        )
+        if counts is not None:
+            counts[0] += reference.saturated_blocks(value, quantized.row_scale())
+            counts[1] += quantized.scale.numel()
+        quantized = prepare(quantized, target) if target else quantized
     else:
         _check_finite(x=x, up=up)
         written = layout or _written(target)
@@ -244,7 +259,7 @@ def linear(
     """``x @ weight.T + bias``, differentiable in ``x`` (through the dequantized weight, which is frozen) and ``bias``.
 
     Args:
-        x: bf16, fp16 or fp32 [..., K], any strides.
+        x: bf16, fp16 or fp32 [..., K], any strides. In mode bf16 a GPU, and the emulator, take bf16 alone.
         weight: [N, K], or [..., N, K] with x's batch dimensions.
         bias: [N], added in fp32.
         activation: the numeric mode: ``"bf16"`` leaves x as it is (W4A16, the default), ``"nvfp4"`` quantizes it
@@ -278,10 +293,9 @@ def linear(
             y = getattr(weight, eager.LAUNCH)(x, bias, activation, overlap) if known else None
         if y is not None:
             return y
-    mode = activation or "bf16"
+    mode = "bf16" if activation is None else activation
     reference.check_linear(x, weight, bias, mode)
-    if overlap not in dispatch.OVERLAPS:
-        raise ModeError(f"overlap is {overlap!r}; it must be {', '.join(map(repr, dispatch.OVERLAPS))}")
+    dispatch.overlaps(overlap)
     if weight.global_scale.requires_grad:
         raise ModeError(
             "the weight asks for a gradient, but an NVFP4 weight is frozen; train x, the bias or an adapter"
@@ -318,7 +332,7 @@ def warmup(
     Args:
         weights: one or several; of each, the tensor or its (N, K).
         ms: rows of x, one or several.
-        dtype: of x.
+        dtype: of x; in mode bf16 its kernels multiply bf16 alone.
         bias: dtype of the bias, None without one.
         activation, overlap: as :func:`linear` will be given.
         activation_scale: whether :func:`linear` will be given one.
@@ -329,23 +343,33 @@ def warmup(
         The kernels, each once, those that quantize x included. Shapes share kernels: there may be fewer of them.
 
     Raises:
+        OperandError: an (N, K), a number of rows or a dtype that :func:`linear` does not take.
+        ModeError: unknown activation mode or overlap.
         TargetError: there is no such target, no device to take it from, or it has no kernel for the mode.
         LaunchError: a CUDA graph is being captured.
         CompileError, CacheError: as :func:`nvfp4dsl.compile`.
     """
-    pair = isinstance(weights, tuple) and all(isinstance(extent, int) for extent in weights)
-    several: list[Any] = [weights] if pair or isinstance(weights, NVFP4Tensor) else list(weights)
-    rows = [ms] if isinstance(ms, int) else list(ms)
-    mode = activation or "bf16"
+    pair = isinstance(weights, tuple) and any(isinstance(extent, numbers.Real) for extent in weights)
+    several: list[Any] = list(weights) if isinstance(weights, Iterable) and not pair else [weights]
+    rows = list(ms) if isinstance(ms, Iterable) else [ms]
+    for m in rows:
+        check_count("M (of ms)", m)
+    mode = "bf16" if activation is None else activation
+    reference.check_activation(mode)
+    reference.check_float("dtype", dtype)
+    if mode == "bf16":
+        dispatch.check_multiplied(dtype)
+    if bias is not None:
+        reference.check_float("bias", bias)
     requests: list[Any] = []
     shapes: list[tuple[int, int, str]] = []
     here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     for weight in several:
         if isinstance(weight, NVFP4Tensor):
             here = weight.device
-        n, k = weight.shape[-2:] if isinstance(weight, NVFP4Tensor) else weight
+        n, k = _extents(weight)
         own = dispatch.site(here)
-        at = get_target(target) if target else own
+        at = own if target is None else get_target(target)
         if at is None:
             raise TargetError("there is no CUDA device to warm up for; name a target, e.g. target='sm_90a'")
         sms = dispatch.sm_count(here) if at == own else dispatch.first_device_sms(at.name)
@@ -366,6 +390,18 @@ def warmup(
         x = torch.zeros(m, k, dtype=dtype, device=here)
         quantization.quantize(x, torch.ones((), device=here) if activation_scale else None, layout=layout)
     return kernels
+
+
+def _extents(weight: Any) -> tuple[int, int]:
+    """(N, K) of what :func:`warmup` takes for a weight."""
+    if isinstance(weight, NVFP4Tensor):
+        return weight.n, weight.k
+    if not isinstance(weight, tuple) or len(weight) != 2:
+        raise OperandError(f"a weight is {weight!r}; warmup takes an NVFP4Tensor, its (N, K), or several of these")
+    for name, extent in zip("NK", weight, strict=True):
+        check_count(name, extent)
+    check_k(weight[1])
+    return weight
 
 
 def _parts(t: NVFP4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str, int, int]:
@@ -506,11 +542,6 @@ def _linear(
     target = dispatch.site(x.device)
     if target is None:
         return reference.linear(x, weight, bias, activation, activation_scale=activation_scale)
-    if weight.batch_shape and weight.batch_shape != x.shape[:-2]:
-        raise OperandError(
-            f"the weight's batch is {list(weight.batch_shape)} and x's {list(x.shape[:-2])}; kernels take equal "
-            "batches, so expand one"
-        )
     if activation == "nvfp4" and "nvfp4" in target.mainloops:
         rows = _rows(x, weight)
         dispatch.check_layout("weight", weight, target, "nvfp4")  # before anything is launched
@@ -564,7 +595,7 @@ def _save_for_backward(ctx, inputs, output):
 def _linear_backward(ctx, grad):
     weight = _tensor(*ctx.saved_tensors, *ctx.static)
     grad_x = grad @ reference.dequantize(weight, grad.dtype) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[_BIAS] else None
+    grad_bias = grad.sum_to_size(grad.shape[-1:]) if ctx.needs_input_grad[_BIAS] else None
     return grad_x, *[None] * (_BIAS - 1), grad_bias, None, None, None
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from nvfp4dsl.constants import BLOCK, NIBBLES
 from nvfp4dsl.errors import OperandError, TargetError
-from nvfp4dsl.formats import CANONICAL, STORAGES, NVFP4Tensor, Storage, pack_codes, unpack_codes
+from nvfp4dsl.formats import CANONICAL, STORAGES, NVFP4Tensor, Storage, check_nvfp4, pack_codes, unpack_codes
 from nvfp4dsl.layouts import (
     FRAGMENT_CODES,
     FRAGMENT_K,
@@ -197,8 +197,8 @@ def layout_for(target: str, activation: str | None = None) -> str:
         TargetError: unknown target, or one that has no kernels for the mode.
     """
     row = get_target(target)
-    mode = activation or next(iter(row.layouts))
-    if mode not in row.layouts:
+    mode = next(iter(row.layouts)) if activation is None else activation
+    if mode not in tuple(row.layouts):  # which may be asked about what has no hash
         raise TargetError(f"{target} has no layout for activation={mode!r}; it has {', '.join(row.layouts)}")
     return row.layouts[mode]
 
@@ -221,7 +221,9 @@ def prepare(tensor: NVFP4Tensor, target: str, *, activation: str | None = None) 
           both re-encoded bit for bit (:mod:`nvfp4dsl.layouts`).
 
     Raises:
+        OperandError: ``tensor`` is not quantized.
         TargetError: unknown target, or one that has no layout for the mode.
     """
+    check_nvfp4("tensor", tensor)
     layout = CANONICAL if target == CANONICAL else layout_for(target, activation)
     return tensor if tensor.layout == layout else _PACK[layout](tensor.canonical())

@@ -19,7 +19,7 @@ from nvfp4dsl.config.spec import WARP
 from nvfp4dsl.constants import BLOCK, FP32_MIN_NORMAL
 from nvfp4dsl.emulator.capture import capture
 from nvfp4dsl.errors import LayoutError, OperandError, TargetError
-from nvfp4dsl.formats import CANONICAL, STORAGES, values_at_hand
+from nvfp4dsl.formats import CANONICAL, STORAGES, as_number, check_scale_shape, check_tensor, values_at_hand
 from nvfp4dsl.layouts import ceil_div
 from nvfp4dsl.packing import BLACKWELL
 
@@ -35,16 +35,18 @@ def check_global_scale(global_scale: torch.Tensor | float) -> None:
     scale makes every block scale, and so every value, NaN.
 
     Raises:
-        OperandError: it is not finite and positive, or not of fp32.
+        OperandError: it is not finite and positive, not of fp32, or no number at all.
     """
     if isinstance(global_scale, torch.Tensor):
+        check_tensor("global_scale", global_scale)
         if global_scale.dtype != torch.float32:
             raise OperandError(f"global_scale is {global_scale.dtype}; it must be torch.float32: use .float()")
         if global_scale.device.type != "cpu" or not values_at_hand(global_scale):
             return
         values = global_scale.flatten().tolist()
     else:
-        values = [torch.tensor(float(global_scale)).item()]  # as fp32 has it
+        number = as_number("global_scale", global_scale)
+        values = [torch.tensor(number, dtype=torch.float32).item()]
     for value in values:
         if not (math.isfinite(value) and value >= FP32_MIN_NORMAL):
             raise OperandError(
@@ -53,7 +55,9 @@ def check_global_scale(global_scale: torch.Tensor | float) -> None:
             )
 
 
-def global_scale_for(x: torch.Tensor, global_scale: torch.Tensor | float | None) -> torch.Tensor | None:
+def global_scale_for(
+    x: torch.Tensor, global_scale: torch.Tensor | float | None, row_ends: tuple[int, ...] | None = None
+) -> torch.Tensor | None:
     """A caller's global scale as the kernel takes it: fp32, on x's device, of a shape that fits x's batch.
 
     Raises:
@@ -63,15 +67,11 @@ def global_scale_for(x: torch.Tensor, global_scale: torch.Tensor | float | None)
         return None
     check_global_scale(global_scale)
     if not isinstance(global_scale, torch.Tensor):
-        return torch.full((), global_scale, dtype=torch.float32, device=x.device)
-    batch = x.shape[:-2]
-    if global_scale.shape not in (torch.Size(), batch):
-        raise OperandError(
-            f"global_scale has shape {list(global_scale.shape)}; allowed: [] or {list(batch)}, one for each matrix"
-        )
+        return torch.full((), float(global_scale), dtype=torch.float32, device=x.device)
+    check_scale_shape(global_scale, tuple(x.shape[:-2]), row_ends)
     if global_scale.device != x.device:
         raise OperandError(f"global_scale is on {global_scale.device}, x on {x.device}; move it with .to(device)")
-    return global_scale
+    return global_scale.detach()
 
 
 def quantize(
@@ -176,8 +176,8 @@ def rms_norm(
     """RMSNorm of x, or of ``x + residual``, quantized: :func:`nvfp4dsl.reference.rms_norm`, then quantize.
 
     Args:
-        x: bf16, fp16 or fp32 [..., M, K]; weight: [K], contiguous; residual: like x, replaced by the sum, K contiguous
-            and rows on 16 bytes: it cannot be copied.
+        x: bf16, fp16 or fp32 [..., M, K]; weight: [K]; residual: like x, replaced by the sum, K contiguous and rows
+            on 16 bytes: it cannot be copied.
         global_scale, layout, saturation: as for :func:`quantize`.
 
     Returns:
@@ -209,7 +209,7 @@ def rms_norm(
         {
             "x": rows,
             "residual": None if residual is None else dispatch.aligned_rows(residual),
-            "weight": weight,
+            "weight": dispatch.aligned_rows(weight.unsqueeze(0)).view(-1),
             "eps": eps,
             "global_scale": global_scale.expand(batch).reshape(matrices),
             "codes": codes.view(matrices, m, -1),

@@ -24,7 +24,18 @@ from nvfp4dsl.constants import (
     NORM_LANES,
 )
 from nvfp4dsl.errors import ModeError, OperandError
-from nvfp4dsl.formats import NVFP4Tensor, check_k, decode_codes, pack_codes, unpack_codes, values_at_hand
+from nvfp4dsl.formats import (
+    NVFP4Tensor,
+    as_number,
+    check_k,
+    check_nvfp4,
+    check_row_ends,
+    check_tensor,
+    decode_codes,
+    pack_codes,
+    unpack_codes,
+    values_at_hand,
+)
 from nvfp4dsl.mma_model import K_STEP, omma_k64
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,13 +73,19 @@ def _global_scale(
     return scale if row_ends else scale.squeeze(-1)
 
 
-def check_rows(x: torch.Tensor) -> None:
-    """Raise :class:`OperandError` unless ``x`` has a dtype and a shape that quantization takes."""
-    if x.dtype not in FLOATS:
-        raise OperandError(f"x is {x.dtype}; quantize takes bfloat16, float16 or float32")
+def check_float(name: str, dtype: torch.dtype) -> None:
+    """Raise :class:`OperandError` unless ``dtype`` is one of :data:`FLOATS`."""
+    if dtype not in FLOATS:
+        raise OperandError(f"{name} is {dtype}; it must be bfloat16, float16 or float32")
+
+
+def check_rows(x: torch.Tensor, name: str = "x") -> None:
+    """Raise :class:`OperandError` unless ``x`` is a tensor of a dtype and a shape that quantization takes."""
+    check_tensor(name, x)
+    check_float(name, x.dtype)
     if x.ndim < 2:
-        raise OperandError(f"x has shape {list(x.shape)}; quantize takes [..., N, K], at least two dimensions")
-    check_k(x.shape[-1], "K (the last dimension of x)")
+        raise OperandError(f"{name} has shape {list(x.shape)}; quantize takes [..., N, K], at least two dimensions")
+    check_k(x.shape[-1], f"K (the last dimension of {name})")
 
 
 def check_finite(x: torch.Tensor, name: str = "x") -> None:
@@ -103,19 +120,23 @@ def quantize(
             ``fma(code, scale * global, -x) * (1 / global)``.
 
     Returns:
-        A canonical tensor on x's device.
+        A canonical tensor on x's device. No gradient goes through it, so it holds on to no graph.
 
     Raises:
         OperandError: unfit dtype, shape, K, or a value that is not finite.
     """
     check_rows(x)
     check_finite(x)
-    x = x.float()
+    x = x.detach().float()
+    if row_ends is not None:
+        check_row_ends(row_ends, x.shape[-2])
     *batch, n, k = x.shape
     if global_scale is None:
         global_scale = _global_scale(x, row_ends, per_matrix, FOUR_OVER_SIX_SCALE_MAX if four_over_six else E4M3_MAX)
-    elif not isinstance(global_scale, torch.Tensor):
-        global_scale = torch.tensor(global_scale, dtype=torch.float32, device=x.device)
+    elif isinstance(global_scale, torch.Tensor):
+        global_scale = global_scale.detach()
+    else:
+        global_scale = torch.tensor(as_number("global_scale", global_scale), dtype=torch.float32, device=x.device)
     storage = (*batch, n, k)
     template = NVFP4Tensor(  # checks the caller's global scale and row ranges against the shape
         qdata=x.new_empty((*batch, n, k // 2), dtype=torch.uint8),
@@ -134,11 +155,11 @@ def quantize(
     return template._with(qdata=pack_codes(codes.reshape(storage)), scale=scale)
 
 
-def saturated_blocks(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+def saturated_blocks(x: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
     """How many blocks of ``x`` e4m3 has no scale for: ``amax_block / (6 * global)`` is above 464, which is halfway from
-    448, its largest value, to where the next would be. ``global_scale`` is [] or one for each matrix; int64 []."""
+    448, its largest value, to where the next would be. ``row_scale`` [..., N]: each row's global scale; int64 []."""
     amax = x.float().unflatten(-1, (-1, BLOCK)).abs().amax(-1)
-    return (amax / (E2M1_MAX * global_scale[..., None, None]) > E4M3_SATURATED).sum()
+    return (amax / (E2M1_MAX * row_scale.unsqueeze(-1)) > E4M3_SATURATED).sum()
 
 
 def _blocks(
@@ -231,14 +252,15 @@ def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tens
     ``(code * block scale) * global``: the first product is exact, the second is rounded once to fp32 (float64 for that
     dtype, where it is exact too), then to ``dtype``.
     """
+    check_nvfp4("t", t)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     return (scaled_codes(t, working) * t.row_scale().to(working).unsqueeze(-1)).to(dtype)
 
 
 def check_operands(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> None:
     """Raise :class:`OperandError` unless ``a @ b^T + bias`` is well defined: the rule for every NVFP4 x NVFP4 GEMM."""
-    _check_nvfp4("a", a)
-    _check_nvfp4("b", b)
+    check_nvfp4("a", a)
+    check_nvfp4("b", b)
     if a.row_ends is not None:
         raise OperandError("a has row_ends; only b (the weight) may have a global scale per row range")
     _check_product(a, b, bias)
@@ -246,21 +268,26 @@ def check_operands(a: NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None, ou
         raise OperandError(f"out_dtype is {out_dtype}; allowed: bfloat16, float16, float32, here also float64")
 
 
-def check_linear(x: torch.Tensor, weight: NVFP4Tensor, bias: torch.Tensor | None, activation: str) -> None:
-    """Raise unless ``x @ weight^T + bias`` is well defined in the numeric mode: the rule for every linear layer."""
+def check_activation(activation: str) -> None:
+    """Raise :class:`ModeError` unless there is such a numeric mode."""
     if activation not in ACTIVATIONS:
         raise ModeError(f"activation is {activation!r}; it must be 'bf16' (W4A16) or 'nvfp4' (W4A4)")
-    _check_nvfp4("weight", weight)
-    if x.dtype not in FLOATS:
-        raise OperandError(f"x is {x.dtype}; linear takes bfloat16, float16 or float32")
+
+
+def check_linear(x: torch.Tensor, weight: NVFP4Tensor, bias: torch.Tensor | None, activation: str) -> None:
+    """Raise unless ``x @ weight^T + bias`` is well defined in the numeric mode: the rule for every linear layer."""
+    check_activation(activation)
+    check_nvfp4("weight", weight)
+    check_tensor("x", x)
+    check_float("x", x.dtype)
     if x.ndim == 0:
         raise OperandError("x is a scalar; linear takes [..., K]")
+    if weight.batch_shape and weight.batch_shape != x.shape[:-2]:
+        raise OperandError(
+            f"the weight's batch is {list(weight.batch_shape)} and x's {list(x.shape[:-2])}; they must be equal, so "
+            "expand one"
+        )
     _check_product(x, weight, bias)
-
-
-def _check_nvfp4(name: str, t: object) -> None:
-    if not isinstance(t, NVFP4Tensor):
-        raise OperandError(f"{name} is a {type(t).__name__}; it must be an NVFP4Tensor: call quantize first")
 
 
 def _check_product(x: torch.Tensor | NVFP4Tensor, b: NVFP4Tensor, bias: torch.Tensor | None) -> None:
@@ -276,6 +303,7 @@ def _check_product(x: torch.Tensor | NVFP4Tensor, b: NVFP4Tensor, bias: torch.Te
     if x.device != b.device:
         raise OperandError(f"operands are on {x.device} and {b.device}; move them to one device with .to(device)")
     if bias is not None:
+        check_tensor("bias", bias)
         if tuple(bias.shape) != (b.shape[-2],) or bias.dtype not in FLOATS:
             raise OperandError(
                 f"bias is {bias.dtype} {list(bias.shape)}; it must be [{b.shape[-2]}] (N), bfloat16, float16 or float32"

@@ -1,5 +1,6 @@
 """The public operations on a CPU: values of the oracle, bad input, torch integration. No kernel is compiled here."""
 
+import contextlib
 import copy
 import functools
 
@@ -69,10 +70,28 @@ def _bad_calls():
     yield "bias dtype", nv.OperandError, lambda: nv.mm(w, w, torch.zeros(8, dtype=torch.int32)), "int32"
     yield "out_dtype", nv.OperandError, lambda: nv.mm(w, w, out_dtype=torch.int8), "int8"
     yield "mode", nv.ModeError, lambda: nv.linear(x, w, activation="fp8"), "nvfp4"
+    for mode in ("", [], 0, False):
+        yield f"mode {mode!r}", nv.ModeError, functools.partial(nv.linear, x, w, activation=mode), "'bf16'"
+    yield "overlap", nv.ModeError, lambda: nv.linear(x, w, overlap=["weights"]), "'launch'"
+    yield "batch of x", nv.OperandError, lambda: nv.linear(x, nv.quantize(_random(2, 8, 32))), "expand"
+    yield "list for x", nv.OperandError, lambda: nv.linear([1.0], w), "torch.Tensor"
+    yield "sparse x", nv.OperandError, lambda: nv.linear(x.to_sparse(), w), "to_dense"
+    for bias in (1.0, [1.0], "x"):
+        yield f"bias {bias}", nv.OperandError, functools.partial(nv.linear, x, w, bias), "bias is a .*torch.Tensor"
+    yield "prepare a tensor", nv.OperandError, lambda: nv.prepare(x, "sm_121a"), "quantize"
+    yield "dequantize a tensor", nv.OperandError, lambda: nv.dequantize(x), "quantize"
+    for mode in ("", [], "fp8"):
+        prepare = functools.partial(nv.prepare, w, "sm_121a", activation=mode)
+        yield f"prepare for {mode!r}", nv.TargetError, prepare, "nvfp4, bf16"
+    for ctas in (0, -1, "3", 1.5):
+        emulate = functools.partial(nv.emulate, "sm_121a", max_ctas=ctas)
+        yield f"max_ctas {ctas!r}", nv.OperandError, lambda e=emulate: e().__enter__(), "max_ctas"
     w4a4 = functools.partial(nv.linear, x, w, activation="nvfp4")
     yield "scale in mode bf16", nv.ModeError, lambda: nv.linear(x, w, activation_scale=1.0), "activation='nvfp4'"
     for scale in (0.0, -1.0, float("nan"), float("inf"), 1e-40, torch.tensor(0.0), torch.tensor(float("nan"))):
         yield f"scale {scale}", nv.OperandError, functools.partial(w4a4, activation_scale=scale), "finite, positive"
+    for scale in ("0.5", [0.5], {}, 1j):
+        yield f"scale {scale!r}", nv.OperandError, functools.partial(w4a4, activation_scale=scale), "number"
     yield "scale shape", nv.OperandError, lambda: w4a4(activation_scale=torch.ones(4)), "global_scale has shape"
     yield "scale dtype", nv.OperandError, lambda: w4a4(activation_scale=torch.ones((), dtype=torch.half)), "float32"
     yield "target", nv.TargetError, lambda: nv.prepare(w, "sm_89"), "sm_121a"
@@ -140,6 +159,30 @@ def test_gradients_of_x_and_bias(activation):
     nv.linear(x, weight, bias, activation=activation).backward(grad)
     assert relative_error(x.grad, grad @ nv.dequantize(weight)) < 1e-6
     assert relative_error(bias.grad, grad.sum((0, 1))) < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["bf16", "nvfp4"])
+def test_gradients_of_a_single_row(activation):
+    x, weight = _random(32, dtype=torch.float32).requires_grad_(), nv.quantize(_random(5, 32, seed=1))
+    bias = _random(5, seed=3, dtype=torch.float32).requires_grad_()
+    grad = _random(5, seed=2, dtype=torch.float32)
+    nv.linear(x, weight, bias, activation=activation).backward(grad)
+    assert relative_error(x.grad, grad @ nv.dequantize(weight)) < 1e-6
+    assert torch.equal(bias.grad, grad)
+
+
+@pytest.mark.parametrize("target", [None, "sm_121a"])
+def test_a_parameter_becomes_a_frozen_weight(target):
+    parameter = torch.nn.Linear(64, 40).bfloat16().weight
+    scale = torch.tensor(0.01, requires_grad=True)
+    norm = functools.partial(nv.quantize_rms_norm, parameter, parameter[0], 1e-6)
+    with nv.emulate(target) if target else contextlib.nullcontext():
+        made = [nv.quantize(parameter), nv.quantize(parameter, scale), nv.quantize_silu_mul(parameter, parameter)]
+        made += [norm(scale), nv.quantize(parameter, row_ends=(8, 40))]
+        assert not any(t.requires_grad for w in made for t in (w.qdata, w.scale, w.global_scale))
+        with pytest.raises(nv.ModeError, match="no_grad"):
+            norm(0.01, residual=parameter)
+        assert nv.linear(_random(3, 64), made[0], activation="nvfp4").shape == (3, 40)
 
 
 def test_a_gradient_of_the_weight_is_refused():
@@ -237,6 +280,28 @@ def test_warmup_for_another_target_needs_no_device():
     if not torch.cuda.is_available():
         with pytest.raises(nv.TargetError, match="target="):
             nv.warmup((64, 256), 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "word"),
+    [
+        *[({"activation": mode}, nv.ModeError, "'nvfp4'") for mode in ("fp8", "", [])],
+        *[({"overlap": overlap}, nv.ModeError, "'launch'") for overlap in ("all", ["weights"])],
+        *[({"weights": (40, k)}, nv.OperandError, f"K is {k}.*multiple of 16") for k in (63, 17)],
+        *[({"weights": (n, 64)}, nv.OperandError, f"N is {n}") for n in (0, -40, 4.0)],
+        *[({"weights": w}, nv.OperandError, "NVFP4Tensor") for w in ((40,), (1, 2, 3), 5, None, "w", [40, 64])],
+        *[({"ms": ms}, nv.OperandError, "M .*whole number") for ms in ([0], [-1], [1.5], ["1"], "1", None, 0)],
+        ({"activation": "nvfp4", "dtype": torch.int8}, nv.OperandError, "dtype is torch.int8"),
+        ({"dtype": "bf16"}, nv.OperandError, "dtype is bf16"),
+        ({"bias": torch.int8}, nv.OperandError, "bias is torch.int8"),
+        ({"dtype": torch.float16}, nv.OperandError, "W4A16 kernels multiply bfloat16"),
+        ({"target": ""}, nv.TargetError, "sm_121a"),
+    ],
+    ids=str,
+)
+def test_warmup_refuses_what_linear_does(options, kind, word):
+    with pytest.raises(kind, match=word):
+        nv.warmup(**{"weights": (40, 64), "ms": [1], "target": "sm_121a"} | options)
 
 
 def test_how_far_a_kernel_runs_ahead_is_checked_and_changes_no_value():

@@ -1,6 +1,7 @@
 """The Python side of quantization: bad input, calibration, saturation, operators. Kernels are tested when emulated."""
 
 import contextlib
+import functools
 import warnings
 
 import numpy as np
@@ -34,6 +35,39 @@ def _random(*shape, seed=0, dtype=torch.bfloat16):
             )
         ],
         (lambda x: nv.quantize(x, torch.tensor(1.0, dtype=torch.float64)), nv.OperandError, "float32"),
+        *[
+            (lambda x, s=scale, f=function: f(x, s), nv.OperandError, "number")
+            for scale in ("0.5", "abc", [0.5], {}, 1j)
+            for function in (
+                nv.quantize,
+                reference.quantize,
+                lambda x, scale: nv.quantize(x, scale, row_ends=(2, 4)),
+                lambda x, scale: nv.quantize_rms_norm(x, x[0], 1e-6, scale),
+            )
+        ],
+        *[
+            (lambda x, e=ends: nv.quantize(x, row_ends=e), nv.OperandError, "row_ends")
+            for ends in ((2.0, 4.0), 4, "24", (2, 3), ())
+        ],
+        *[
+            (lambda x, f=function, g=given: f(g), nv.OperandError, "torch.Tensor")
+            for given in ([1.0], None)
+            for function in (
+                nv.quantize,
+                lambda x: nv.quantize(x, row_ends=(2, 4)),
+                lambda x: nv.quantize_silu_mul(x, x),
+                lambda x: nv.quantize_silu_mul(_random(4, 48), x),
+                lambda x: nv.quantize_rms_norm(_random(4, 48), x, 1e-6, 1.0),
+                lambda x: nv.quantize_rms_norm(x, _random(48), 1e-6, 1.0),
+                lambda x: nv.Calibration().observe(x),
+            )
+        ],
+        (lambda x: nv.quantize(x.to_sparse()), nv.OperandError, "to_dense"),
+        (
+            lambda x: nv.quantize(x, row_ends=(2, 4), saturation=nv.Saturation()),
+            nv.OperandError,
+            "its own|tensor's own",
+        ),
         (lambda x: nv.quantize(x, torch.ones(3)), nv.OperandError, "global_scale has shape"),
         (lambda x: nv.quantize(x[:, :40]), nv.OperandError, "multiple of 16"),
         (lambda x: nv.quantize(x[:, :0]), nv.OperandError, "multiple of 16"),
@@ -50,8 +84,13 @@ def _random(*shape, seed=0, dtype=torch.bfloat16):
         (lambda x: nv.quantize_rms_norm(x, x[0], 1e-6, 1.0, residual=x.float()), nv.OperandError, "residual"),
         *[
             (lambda x, e=eps: nv.quantize_rms_norm(x, x[0], e, 1.0), nv.OperandError, "eps")
-            for eps in (-1e-6, float("nan"), float("inf"))
+            for eps in (-1e-6, float("nan"), float("inf"), "1e-6", None)
         ],
+        (
+            lambda x: nv.quantize_rms_norm(x, x[0], 1e-6, 1.0, residual=x[:1].clone().expand(4, 48)),
+            nv.OperandError,
+            "expanded",
+        ),
         (lambda x: nv.quantize_silu_mul(x, x / 0), nv.OperandError, "finite"),
         (lambda x: nv.quantize_rms_norm(x, x[0] / 0, 1e-6, 1.0), nv.OperandError, "finite"),
         (lambda x: nv.quantize_rms_norm(x, x[0], 1e-6, 1.0, residual=x / 0), nv.OperandError, "finite"),
@@ -141,6 +180,68 @@ def test_saturation_is_counted_and_warned_of_once(target):
         warnings.simplefilter("error")
         quantize(x, saturation)
     assert saturation.share() == 11 / 900
+
+
+@pytest.mark.parametrize("target", [None, "sm_121a"])
+def test_saturation_is_counted_by_row_range(target):
+    x, scales = torch.ones(6, 32), torch.tensor([1.0, 1e-4])  # a block of ones is too large for 1e-4 by far
+    saturation = nv.Saturation()
+    with nv.emulate(target) if target else contextlib.nullcontext(), pytest.warns(nv.SaturationWarning):
+        quantized = nv.quantize(x, scales, row_ends=(4, 6), saturation=saturation)
+    assert saturation.share() == 4 / 12
+    if not target:
+        assert_identical(quantized, reference.quantize(x, scales, row_ends=(4, 6)))
+
+
+def test_a_saturation_warning_is_the_callers():
+    """Python's own filter gives a text once for each line, so two lines of a program must be told apart."""
+    x, scale = torch.ones(4, 32), torch.tensor(1e-5)
+    for quantize in (
+        functools.partial(nv.quantize, x, scale),
+        functools.partial(nv.quantize, x, scale[None], row_ends=(4,)),
+        functools.partial(nv.quantize_silu_mul, x, x, scale),
+        functools.partial(nv.quantize_rms_norm, x, x[0], 1e-6, scale),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            quantize(saturation=nv.Saturation())
+            quantize(saturation=nv.Saturation())
+        assert [warning.filename for warning in caught] == [__file__] * 2
+        assert caught[1].lineno == caught[0].lineno + 1
+
+
+def test_calibration_holds_on_to_no_graph():
+    x = _random(4, 32).requires_grad_()
+    calibration = nv.Calibration()
+    calibration.observe(x * 2)
+    assert not calibration.global_scale().requires_grad
+
+
+@pytest.mark.parametrize("target", [None, "sm_121a"])
+def test_a_norm_takes_any_strides_and_addresses(target):
+    x, residual, fused = _random(5, 48), _random(5, 48, seed=1), _random(97, seed=2)
+    strided, shifted = fused[:96:2], fused[1:49]
+    moved = torch.empty(5 * 48 + 1, dtype=x.dtype)[1:].view(5, 48).copy_(x)
+    assert moved.data_ptr() % 16
+    assert shifted.data_ptr() % 16
+    for weight in (strided, shifted):
+        expected = reference.quantize(reference.rms_norm(x, weight, 1e-6)[0], 0.01)
+        with nv.emulate(target) if target else contextlib.nullcontext():
+            found = nv.quantize_rms_norm(moved, weight, 1e-6, 0.01)
+        assert_identical(found.canonical(), expected)
+    if target:
+        moved.copy_(residual)
+        with nv.emulate(target), pytest.raises(nv.OperandError, match="16 bytes"):
+            nv.quantize_rms_norm(x, strided, 1e-6, 0.01, residual=moved)
+        assert torch.equal(moved, residual)
+
+
+def test_a_norm_that_overflows_overwrites_nothing():
+    x = torch.full((2, 32), 3e38)
+    residual = x.clone()
+    with pytest.raises(nv.OperandError, match="rms_norm"):
+        nv.quantize_rms_norm(x, torch.ones(32), 1e-6, 1.0, residual=residual)
+    assert torch.equal(residual, x)
 
 
 @pytest.mark.parametrize("target", ["sm_90a", "sm_121a"])

@@ -117,7 +117,7 @@ def test_gaussian_error(dtype):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(4, 32, dtype=torch.float64), "x is torch.float64; quantize takes bfloat16, float16 or float32"),
+        (torch.zeros(4, 32, dtype=torch.float64), "x is torch.float64; it must be bfloat16, float16 or float32"),
         (torch.zeros(4, 32, dtype=torch.int8), "x is torch.int8"),
         (torch.zeros(32), r"x has shape \[32\].*at least two dimensions"),
         (torch.zeros(4, 40), r"K \(the last dimension of x\) is 40.*multiple of 16; pad K with zeros up to 48"),
@@ -358,7 +358,7 @@ def test_linear_takes_strided_activations():
     ("x", "options", "error", "message"),
     [
         (random(4, 48), {}, OperandError, r"K differs: \[4, 48\] against \[6, 64\]"),
-        (random(4, 64).double(), {}, OperandError, "x is torch.float64; linear takes"),
+        (random(4, 64).double(), {}, OperandError, "x is torch.float64; it must be"),
         (random(4, 64).to("meta"), {}, OperandError, "operands are on meta and cpu"),
         (torch.tensor(1.0), {}, OperandError, "x is a scalar"),
         (random(4, 64), {"bias": torch.zeros(7)}, OperandError, r"bias is torch.float32 \[7\]; it must be \[6\]"),
