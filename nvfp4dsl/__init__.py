@@ -22,6 +22,8 @@ from nvfp4dsl.errors import (
     NVFP4Error,
     OperandError,
     SaturationWarning,
+    SettingError,
+    SpecError,
     TargetError,
     TileError,
 )
@@ -50,6 +52,8 @@ __all__ = [
     "OperandError",
     "Saturation",
     "SaturationWarning",
+    "SettingError",
+    "SpecError",
     "Target",
     "TargetError",
     "TileConfig",

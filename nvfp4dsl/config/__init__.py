@@ -60,15 +60,17 @@ def k_limit(tile: TileConfig) -> int | None:
     return resident.k_limit(tile) if tile.k in resident.TILE_K else None
 
 
-def legal(spec: GemmSpec, tile: TileConfig, target: str | Target) -> list[str]:
+def legal(spec: GemmSpec, tile: TileConfig | str, target: str | Target) -> list[str]:
     """Why ``tile`` cannot be built for ``spec`` on ``target``: one sentence a rule, empty if it can.
 
     Sentences name the shared memory in bytes and the accumulator registers: what was asked for, and what there is.
 
     Raises:
+        TileError: ``tile`` is no tile at all.
         TargetError: unknown target.
     """
     target = get_target(target) if isinstance(target, str) else target
+    tile = TileConfig.of(tile)
     builder = family(spec, tile, target)
     if builder is None:
         return [f"{target.name} has no kernel for activation={spec.activation!r} yet"]
@@ -85,7 +87,7 @@ def legal_tiles(spec: GemmSpec, target: str | Target) -> tuple[TileConfig, ...]:
     return tuple(tile for tile in every if not legal(spec, tile, target))
 
 
-def plan(spec: GemmSpec, tile: TileConfig, target: str | Target) -> Plan:
+def plan(spec: GemmSpec, tile: TileConfig | str, target: str | Target) -> Plan:
     """Everything derived from a legal tile, by its family.
 
     Raises:
@@ -93,6 +95,7 @@ def plan(spec: GemmSpec, tile: TileConfig, target: str | Target) -> Plan:
         TargetError: unknown target.
     """
     target = get_target(target) if isinstance(target, str) else target
+    tile = TileConfig.of(tile)
     reasons = legal(spec, tile, target)
     builder = family(spec, tile, target)
     if reasons or builder is None:

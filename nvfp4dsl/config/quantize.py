@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from nvfp4dsl.config.spec import FLOAT_BYTES, WARP
+from nvfp4dsl.config.spec import DIGITS, FLOAT_BYTES, WARP, Tile, check_offered
 from nvfp4dsl.constants import NORM_LANES
 from nvfp4dsl.errors import TileError
 from nvfp4dsl.layouts import SCALE_ATOM_SHAPE
@@ -49,12 +49,11 @@ class QuantizeSpec:
             ("source", self.source, SOURCES),
             ("layout", self.layout, LAYOUTS),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} {value!r} is not offered; allowed: {', '.join(allowed)}")
+            check_offered(name, value, allowed)
 
 
 @dataclass(frozen=True)
-class QuantizeTile:
+class QuantizeTile(Tile):
     """What a CTA covers: ``blocks`` blocks of 16 along K, of ``threads / blocks`` rows and of those 32, 64, .. further.
 
     Attributes:
@@ -82,7 +81,7 @@ class QuantizeTile:
     @classmethod
     def parse(cls, text: str) -> QuantizeTile:
         """``"32x2/256"``: blocks, rows and threads."""
-        match = re.fullmatch(r"(\d+)x(\d+)/(\d+)", text.strip())
+        match = re.fullmatch("(D)x(D)/(D)".replace("D", DIGITS), text.strip())
         if match is None:
             raise TileError(f"cannot read tile {text!r}; write BLOCKSxROWS/THREADS, e.g. 32x2/256")
         return cls(*(int(number) for number in match.groups()))

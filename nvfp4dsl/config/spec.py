@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from nvfp4dsl.errors import TileError
+from nvfp4dsl.errors import SpecError, TileError
 from nvfp4dsl.targets import Target
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ MMA_M, MMA_N, MMA_K = 16, 8, 64
 MIN_STAGES = 2
 MAX_STAGES = 8
 MBARRIER_BYTES = 8
+#: of a tile, stages and split included: no shared memory holds a byte for each of more rows.
+MAX_EXTENT = 1 << 20
+#: of a number in a tile's text: int() takes no more than 4300, and no tile has so many.
+DIGITS = r"\d{1,9}"
 #: shared memory that the driver keeps of each CTA.
 RESERVED_SMEM = 1024
 #: TMA's 128-byte swizzle repeats every 1024 bytes, so swizzled buffers start there.
@@ -54,22 +58,42 @@ class GemmSpec:
     quantizes: str | None = None
 
     def __post_init__(self) -> None:
-        if self.activation not in ("nvfp4", "bf16"):
-            raise ValueError(f"activation {self.activation!r} is not a mode; allowed: 'nvfp4', 'bf16'")
-        if self.out_dtype not in FLOAT_BYTES:
-            raise ValueError(f"out_dtype {self.out_dtype!r} is not offered; allowed: {', '.join(FLOAT_BYTES)}")
-        if self.bias is not None and self.bias not in FLOAT_BYTES:
-            raise ValueError(f"bias {self.bias!r} is not offered; allowed: None, {', '.join(FLOAT_BYTES)}")
-        allowed = (None, "bf16", "fp16") if self.activation == "nvfp4" else (None,)
-        if self.quantizes not in allowed:
-            raise ValueError(
-                f"quantizes {self.quantizes!r} is not offered in mode {self.activation!r}; "
-                f"allowed: {', '.join(map(str, allowed))}"
-            )
+        check_offered("activation", self.activation, ("nvfp4", "bf16"))
+        check_offered("out_dtype", self.out_dtype, tuple(FLOAT_BYTES))
+        check_offered("bias", self.bias, (None, *FLOAT_BYTES))
+        quantizes = (None, "bf16", "fp16") if self.activation == "nvfp4" else (None,)
+        check_offered("quantizes", self.quantizes, quantizes, f" in mode {self.activation!r}")
+
+
+def check_offered(name: str, value: object, allowed: tuple[str | None, ...], where: str = "") -> None:
+    """:class:`SpecError` unless a field of a spec has one of the values that kernels are written for."""
+    if value not in allowed:
+        raise SpecError(f"{name} {value!r} is not offered{where}; allowed: {', '.join(map(repr, allowed))}")
+
+
+T = TypeVar("T", bound="Tile")
+
+
+class Tile:
+    """What tiles have in common: a text can stand for one."""
+
+    @classmethod
+    def parse(cls: type[T], text: str) -> T:
+        """The tile that a text names. :class:`TileError` if it names none."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls: type[T], tile: T | str) -> T:
+        """``tile``, from text if it is one. :class:`TileError` if it is anything else, such as a number or a tuple."""
+        if isinstance(tile, str):
+            return cls.parse(tile)
+        if not isinstance(tile, cls):
+            raise TileError(f"{tile!r} is no tile; give a {cls.__name__}, or text, e.g. {str(cls())!r}")
+        return tile
 
 
 @dataclass(frozen=True)
-class TileConfig:
+class TileConfig(Tile):
     """The CTA tile M x N x K in elements.
 
     Attributes:
@@ -90,8 +114,16 @@ class TileConfig:
     mainloop: str | None = None
 
     _TEXT: ClassVar[re.Pattern[str]] = re.compile(
-        r"(\d+)x(\d+)x(\d+)(?:x(\d+))?(?:/(\d+))?(-pingpong)?(?:-(hmma|wgmma))?"
+        "(D)x(D)x(D)(?:x(D))?(?:/(D))?(-pingpong)?(?:-(hmma|wgmma))?".replace("D", DIGITS)
     )
+
+    def __post_init__(self) -> None:
+        for name in ("m", "n", "k", "stages", "split"):
+            value = getattr(self, name)
+            if name == "stages" and value is None:
+                continue
+            if type(value) is not int or not 0 < value <= MAX_EXTENT:
+                raise TileError(f"{name} of a tile is {value!r}; it must be an int from 1 to {MAX_EXTENT}")
 
     @classmethod
     def parse(cls, text: str) -> TileConfig:
@@ -105,7 +137,7 @@ class TileConfig:
             )
         m, n, k = (int(number) for number in match.groups()[:3])
         stages, split = (int(number) if number else None for number in match.groups()[3:5])
-        return cls(m, n, k, stages, split or 1, bool(match[6]), match[7])
+        return cls(m, n, k, stages, 1 if split is None else split, bool(match[6]), match[7])
 
     def __str__(self) -> str:
         text = "x".join(str(v) for v in (self.m, self.n, self.k, self.stages) if v is not None)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4dsl import cubin, patches
-from nvfp4dsl.config import GemmSpec
-from nvfp4dsl.config.quantize import QuantizeSpec
-from nvfp4dsl.errors import CompileError, LaunchError
+from nvfp4dsl.config import GemmSpec, TileConfig
+from nvfp4dsl.config.quantize import QuantizeSpec, QuantizeTile
+from nvfp4dsl.config.spec import Tile
+from nvfp4dsl.errors import CompileError, LaunchError, SpecError
 from nvfp4dsl.jit.key import KeyInputs, observed
 from nvfp4dsl.jit.pool import pool
 from nvfp4dsl.jit.store import CUBIN, OBJECT, PTX, Entry, Store
@@ -26,8 +27,11 @@ from nvfp4dsl.targets import get_target
 
 log = logging.getLogger(__name__)
 
-#: what can be compiled: the builder of each kind of spec
-BUILDERS: dict[type, str] = {GemmSpec: "nvfp4dsl.kernels:build", QuantizeSpec: "nvfp4dsl.kernels.quantize:build"}
+#: what can be compiled: the builder of each kind of spec, and its kind of tile
+BUILDERS: dict[type, tuple[str, type[Tile]]] = {
+    GemmSpec: ("nvfp4dsl.kernels:build", TileConfig),
+    QuantizeSpec: ("nvfp4dsl.kernels.quantize:build", QuantizeTile),
+}
 
 
 class CompiledKernel:
@@ -99,12 +103,14 @@ def compile(spec: Any, tile: Any, target: str, *, builder: str | None = None) ->
 
     Args:
         spec, tile: a :class:`~nvfp4dsl.config.GemmSpec` with a :class:`~nvfp4dsl.config.TileConfig`, or a
-            :class:`~nvfp4dsl.config.quantize.QuantizeSpec` with a :class:`~nvfp4dsl.config.quantize.QuantizeTile`.
+            :class:`~nvfp4dsl.config.quantize.QuantizeSpec` with a :class:`~nvfp4dsl.config.quantize.QuantizeTile`; of
+            tiles the text will do, e.g. ``"128x128x128"``.
         target: e.g. ``"sm_121a"``.
         builder: ``"module:function"`` that makes the kernel out of these three, importable by a new process; by default
             the one that :data:`BUILDERS` has for the spec.
 
     Raises:
+        SpecError: ``spec`` is none of these.
         TargetError: unknown target.
         TileError: the tile is not legal for the spec on the target.
         CompileError: the installed DSL cannot compile for the target (:mod:`nvfp4dsl.patches` says why); or the
@@ -112,11 +118,15 @@ def compile(spec: Any, tile: Any, target: str, *, builder: str | None = None) ->
         CacheError: the cache cannot be read or written.
     """
     get_target(target)
+    if builder is None:
+        if type(spec) not in BUILDERS:
+            raise SpecError(f"{spec!r} is no spec; allowed: {', '.join(kind.__name__ for kind in BUILDERS)}")
+        builder, kind = BUILDERS[type(spec)]
+        tile = kind.of(tile)
     try:
         patches.check(target, observed())
     except patches.RefusedError as error:
         raise CompileError(str(error)) from None
-    builder = builder or BUILDERS[type(spec)]
     inputs = KeyInputs.of(builder, spec, tile, target)
     key, timeout = inputs.key(), settings.compile_timeout
 

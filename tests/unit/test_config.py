@@ -7,8 +7,9 @@ import pytest
 
 from nvfp4dsl.config import TILES, GemmSpec, TileConfig, legal, legal_tiles, nearest, omma, plan, total_bytes, wgmma
 from nvfp4dsl.config.omma import LAUNCH_REGISTERS, MAX_ACCUMULATORS, MMA_REGISTERS, PRODUCER_REGISTERS, PRODUCER_WARPS
+from nvfp4dsl.config.quantize import QuantizeSpec, QuantizeTile
 from nvfp4dsl.config.spec import MMA_WARPS
-from nvfp4dsl.errors import TargetError, TileError
+from nvfp4dsl.errors import SpecError, TargetError, TileError
 from nvfp4dsl.targets import DEVICES, TARGETS, get_target, target_of_capability
 
 SM12X = ("sm_120a", "sm_121a")
@@ -161,15 +162,40 @@ def test_targets_without_a_kernel_say_so(target):
 
 
 def test_spec_refuses_unknown_types():
-    for field, value in (("activation", "fp8"), ("out_dtype", "int8"), ("bias", "int8")):
-        with pytest.raises(ValueError, match=value):
-            GemmSpec(**{field: value})
+    refused = [(GemmSpec, name, "int8") for name in ("activation", "out_dtype", "bias", "quantizes")]
+    refused += [(QuantizeSpec, name, "int8") for name in ("dtype", "source", "layout")]
+    refused += [(GemmSpec, "out_dtype", ["bf16"])]
+    for kind, field, value in refused:
+        with pytest.raises(SpecError, match=rf"{field} .*{value}.* is not offered.*; allowed: ") as caught:
+            kind(**{field: value})
+        assert isinstance(caught.value, ValueError)
+    with pytest.raises(SpecError, match="mode 'bf16'; allowed: None"):
+        GemmSpec(activation="bf16", quantizes="fp16")
 
 
 def test_tile_text_round_trips():
     named = (TileConfig(128, 128, 128, 3), TileConfig(64, 128, 64, 4, split=2), TileConfig(128, 64, 128, pingpong=True))
     for tile in (*TILES["nvfp4"], *TILES["bf16"], *named):
         assert TileConfig.parse(str(tile)) == tile
-    for text in ("128", "128x128", "axbxc", "1x2x3x4x5", "1x2x3/", "1x2x3-pong"):
+    for text in ("128", "128x128", "axbxc", "1x2x3x4x5", "1x2x3/", "1x2x3-pong", f"{'9' * 5000}x128x128"):
         with pytest.raises(TileError, match="MxNxK"):
             TileConfig.parse(text)
+    with pytest.raises(TileError, match="BLOCKSxROWS"):
+        QuantizeTile.parse(f"{'9' * 5000}x1/256")
+
+
+def test_extents_of_a_tile_are_positive_ints():
+    for text, name in (("64x64x64/0", "split"), ("64x64x64x0", "stages"), ("0x64x64", "m"), ("64x64x999999999", "k")):
+        with pytest.raises(TileError, match=f"{name} of a tile is "):
+            TileConfig.parse(text)
+    for value in ("64", 64.0, True, None, -64, 10**400):
+        with pytest.raises(TileError, match="n of a tile is "):
+            TileConfig(64, value, 64)
+
+
+@pytest.mark.parametrize("asked", [legal, plan])
+def test_text_stands_for_a_tile_and_nothing_else_does(asked):
+    assert asked(GemmSpec(), "64x128x128", "sm_121a") == asked(GemmSpec(), TileConfig(64, 128, 128), "sm_121a")
+    for tile in (128, (128, 128, 128), [128, 128, 128], QuantizeTile()):
+        with pytest.raises(TileError, match=r"give a TileConfig, or text, e\.g\. '128x128x128'"):
+            asked(GemmSpec(), tile, "sm_121a")

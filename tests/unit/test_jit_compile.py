@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvfp4dsl import cubin
+from nvfp4dsl import cubin, emulate, mm, quantize
 from nvfp4dsl.config import GemmSpec, TileConfig
-from nvfp4dsl.errors import CacheError, CompileError, LaunchError, TargetError, TileError
+from nvfp4dsl.config.quantize import QuantizeSpec, QuantizeTile
+from nvfp4dsl.errors import CacheError, CompileError, LaunchError, SpecError, TargetError, TileError
 from nvfp4dsl.jit import compile, compile_many, compiler, store
 from nvfp4dsl.jit.pool import pool
 
@@ -201,6 +202,27 @@ def test_an_error_of_this_package_comes_through_as_it_is():
         compile(SPEC, TILE, "sm_42", builder=SCALE)
     with pytest.raises(TileError, match="96"):
         compile(SPEC, TileConfig(m=96), TARGET)
+
+
+def test_what_is_no_spec_or_no_tile_is_refused():
+    with pytest.raises(SpecError, match="GemmSpec, QuantizeSpec"):
+        compile("gemm", TILE, TARGET)
+    for spec, tile, kind in ((SPEC, 128, "TileConfig"), (SPEC, QuantizeTile(), "TileConfig")):
+        with pytest.raises(TileError, match=f"give a {kind}, or text"):
+            compile(spec, tile, TARGET)
+    with pytest.raises(TileError, match=r"give a QuantizeTile, or text, e\.g\. '32x4/256'"):
+        compile(QuantizeSpec(), TILE, TARGET)
+    with emulate(TARGET), pytest.raises(TileError, match="give a TileConfig"):
+        mm(*[quantize(torch.ones(16, 32))] * 2, tile=128)
+
+
+def test_a_tile_may_be_text(monkeypatch):
+    forbid_compiling(monkeypatch)
+    for spec, text in ((SPEC, "64x128x128"), (QuantizeSpec(), "32x2/256")):
+        with pytest.raises(AssertionError, match="compiled"):
+            compile(spec, text, TARGET)
+    with pytest.raises(TileError, match="MxNxK"):
+        compile(SPEC, "64x128", TARGET)
 
 
 def test_any_other_error_becomes_a_compile_error_with_its_text():
