@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,19 @@ from functools import partial
 import torch
 
 from nvfp4dsl import quantization, reference
-from nvfp4dsl.autotune.measure import Call, Result, WrongResultError, compare, l2_bytes, provenance, rotation
+from nvfp4dsl.autotune.measure import (
+    Call,
+    Result,
+    WrongResultError,
+    compare,
+    l2_bytes,
+    provenance,
+    require_device,
+    rotation,
+)
 from nvfp4dsl.config.quantize import QuantizeTile
 from nvfp4dsl.constants import BLOCK
+from nvfp4dsl.errors import NVFP4Error
 from nvfp4dsl.formats import CANONICAL
 from nvfp4dsl.packing import BLACKWELL, prepare
 
@@ -139,6 +150,14 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--commit", help="of a copy of the sources that git knows nothing of, as `git describe` has it")
     options = parser.parse_args()
+    try:
+        _table(options)
+    except NVFP4Error as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _table(options: argparse.Namespace) -> None:
+    require_device()  # before the table's head
     tiles = [QuantizeTile.parse(text) for text in options.tiles.split(",") if text]
 
     def peers() -> list:

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from nvfp4dsl import cubin, emulator, reference
-from nvfp4dsl.autotune import bench, measure, report
+from nvfp4dsl.autotune import bench, measure, quantization, report
 from nvfp4dsl.autotune.measure import FAILED, MISSING, OK, WRONG, MissingPeerError, Result, Timing, WrongResultError
 from nvfp4dsl.autotune.peers import LINEAR, Linear, LinearPeer, Weights, select, weight_bytes
 from nvfp4dsl.autotune.peers.libraries import Cublas, Humming, Quack, optional
@@ -297,6 +297,17 @@ def test_peers_are_selected_by_name():
         select(["marlin"])
     with pytest.raises(ValueError, match="at most once"):
         select(["stream", "stream"])
+
+
+# --- the quantization kernels ---
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_quantization_is_not_timed_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["quantization"])
+    with pytest.raises(SystemExit, match=r"^TargetError: timing needs a CUDA device"):
+        quantization.main()
+    assert capsys.readouterr().out == ""
 
 
 # --- the kernel that reads ---
