@@ -242,8 +242,7 @@ def mm(
     """
     reference.check_operands(a, b, bias, out_dtype)
     if tile is not None:
-        forced = TileConfig.parse(tile) if isinstance(tile, str) else tile
-        return dispatch.gemm(a, b, bias, out_dtype=out_dtype, tile=forced)
+        return dispatch.gemm(a, b, bias, out_dtype=out_dtype, tile=TileConfig.of(tile))
     return torch.ops.nvfp4dsl.mm(*_parts(a), *_parts(b), list(b.row_ends or ()), bias, out_dtype)
 
 

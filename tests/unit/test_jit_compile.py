@@ -212,8 +212,9 @@ def test_what_is_no_spec_or_no_tile_is_refused():
             compile(spec, tile, TARGET)
     with pytest.raises(TileError, match=r"give a QuantizeTile, or text, e\.g\. '32x4/256'"):
         compile(QuantizeSpec(), TILE, TARGET)
-    with emulate(TARGET), pytest.raises(TileError, match="give a TileConfig"):
-        mm(*[quantize(torch.ones(16, 32))] * 2, tile=128)
+    for tile in (128, 0, [128, 128, 128]):
+        with emulate(TARGET), pytest.raises(TileError, match="give a TileConfig"):
+            mm(*[quantize(torch.ones(16, 32))] * 2, tile=tile)
 
 
 def test_a_tile_may_be_text(monkeypatch):
