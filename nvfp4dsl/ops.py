@@ -110,12 +110,7 @@ def quantize_rms_norm(
         )
     if residual is not None:
         _check_like("residual", residual, "x", x)
-        if any(stride == 0 and n > 1 for stride, n in zip(residual.stride(), residual.shape, strict=True)):
-            raise OperandError(
-                f"residual is expanded (strides {residual.stride()}), but each row is written; use .contiguous()"
-            )
-        if residual.requires_grad and torch.is_grad_enabled():
-            raise ModeError("residual asks for a gradient, but is overwritten; call this under torch.no_grad()")
+        _check_overwritten("residual", residual)
     eps = as_number("eps", eps)
     if not 0 <= eps < math.inf:
         raise OperandError(f"eps is {eps}; it is added to a mean of squares, and must be finite and not negative")
@@ -146,6 +141,13 @@ def _check_like(name: str, t: torch.Tensor, other_name: str, other: torch.Tensor
             f"{name} is {t.dtype} {list(t.shape)} on {t.device}, {other_name} {other.dtype} {list(other.shape)} on "
             f"{other.device}; they must be alike"
         )
+
+
+def _check_overwritten(name: str, t: torch.Tensor) -> None:
+    if any(stride == 0 and n > 1 for stride, n in zip(t.stride(), t.shape, strict=True)):
+        raise OperandError(f"{name} is expanded (strides {t.stride()}), but each row is written; use .contiguous()")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ModeError(f"{name} asks for a gradient, but is overwritten; call this under torch.no_grad()")
 
 
 def _check_finite(**operands: torch.Tensor | None) -> None:
@@ -351,15 +353,8 @@ def warmup(
     pair = isinstance(weights, tuple) and any(isinstance(extent, numbers.Real) for extent in weights)
     several: list[Any] = list(weights) if isinstance(weights, Iterable) and not pair else [weights]
     rows = list(ms) if isinstance(ms, Iterable) else [ms]
-    for m in rows:
-        check_count("M (of ms)", m)
     mode = "bf16" if activation is None else activation
-    reference.check_activation(mode)
-    reference.check_float("dtype", dtype)
-    if mode == "bf16":
-        dispatch.check_multiplied(dtype)
-    if bias is not None:
-        reference.check_float("bias", bias)
+    _check_warmup(rows, mode, dtype, bias)
     requests: list[Any] = []
     shapes: list[tuple[int, int, str]] = []
     here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -373,6 +368,7 @@ def warmup(
             raise TargetError("there is no CUDA device to warm up for; name a target, e.g. target='sm_90a'")
         sms = dispatch.sm_count(here) if at == own else dispatch.first_device_sms(at.name)
         w4a4 = mode == "nvfp4" and "nvfp4" in at.mainloops
+        layout = BLACKWELL if w4a4 else CANONICAL  # of x, where it is quantized
         for m in rows:
             quantizes = dtype if w4a4 and activation_scale and dispatch.quantizes_rows(m, dtype) else None
             if w4a4:
@@ -381,7 +377,6 @@ def warmup(
                 spec = dispatch.linear_spec(n, k, dtype, bias, overlap)
             requests.append((spec, dispatch.choose_tile(spec, m, n, k, at.name, sms), at.name))
             if mode == "nvfp4" and not quantizes:
-                layout = BLACKWELL if w4a4 else CANONICAL
                 requests += quantization.requests(m, k, dtype, layout, at.name, sms, activation_scale)
                 shapes += [(m, k, layout)] if at == own and here.type == "cuda" else []
     kernels = dispatch.warm(requests, here)
@@ -389,6 +384,18 @@ def warmup(
         x = torch.zeros(m, k, dtype=dtype, device=here)
         quantization.quantize(x, torch.ones((), device=here) if activation_scale else None, layout=layout)
     return kernels
+
+
+def _check_warmup(rows: list[Any], mode: str, dtype: torch.dtype, bias: torch.dtype | None) -> None:
+    """Refuse what :func:`linear` would."""
+    for m in rows:
+        check_count("M (of ms)", m)
+    reference.check_activation(mode)
+    reference.check_float("dtype", dtype)
+    if mode == "bf16":
+        dispatch.check_multiplied(dtype)
+    if bias is not None:
+        reference.check_float("bias", bias)
 
 
 def _extents(weight: Any) -> tuple[int, int]:
