@@ -132,6 +132,14 @@ def site(device: torch.device) -> Target | None:
     return emulation.target if emulation else None
 
 
+def kernel_site(device: torch.device) -> Target:
+    """:func:`site`, where a kernel is what was asked for: :class:`TargetError` where there is none."""
+    target = site(device)
+    if target is None:
+        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    return target
+
+
 @functools.cache
 def _cuda_target(index: int) -> Target:
     return target_of_capability(*torch.cuda.get_device_capability(index))
@@ -272,9 +280,7 @@ def quantizing_gemm(
     Raises:
         As :func:`gemm`.
     """
-    target = site(x.device)
-    if target is None:
-        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    target = kernel_site(x.device)
     check_layout("b", b, target, "nvfp4")
     if x.dtype not in QUANTIZED:
         raise OperandError(f"x is {x.dtype}; this kernel quantizes {', '.join(map(str, QUANTIZED))}")
@@ -316,9 +322,7 @@ def gemm_kernel(
     Raises:
         TargetError: besides, if the operands are on a CPU and nothing is emulated.
     """
-    target = site(a.device)
-    if target is None:
-        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    target = kernel_site(a.device)
     check_kernel_operands(a, b, out_dtype, target)
     m, n = a.shape[-2], b.shape[-2]
     spec = gemm_spec(n, out_dtype, None if bias is None else bias.dtype, overlap)

@@ -103,9 +103,7 @@ def quantize(
     Returns:
         Codes and scale bytes in that layout; the global scale if it is x's own, else None; the linear scales or None.
     """
-    target = dispatch.site(x.device)
-    if target is None:
-        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    target = dispatch.kernel_site(x.device)
     *batch, m, k = x.shape
     codes, scales, linear = empty(x, layout, linear_scales)
     own = empty_scale(x, per_matrix) if global_scale is None else None
@@ -157,9 +155,7 @@ def quantize(
 
 def amax(x: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of x, fp32 [], found by the kernel where x lives. NaN if there is one."""
-    target = dispatch.site(x.device)
-    if target is None:
-        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    target = dispatch.kernel_site(x.device)
     return _partials(dispatch.aligned_rows(x), None, 1, target.name, dispatch.sm_count(x.device)).amax()
 
 
@@ -186,18 +182,19 @@ def rms_norm(
     Raises:
         OperandError: dtypes or shapes differ, or the residual is not aligned.
     """
-    target = dispatch.site(x.device)
-    if target is None:
-        raise TargetError("CPU tensors have no kernel; enter nvfp4dsl.emulate(target) or move them to a GPU")
+    target = dispatch.kernel_site(x.device)
     *batch, m, _ = x.shape
     codes, scales, _ = empty(x, layout)
     if not x.numel():
         return codes, scales
     rows, matrices = dispatch.aligned_rows(x), math.prod(batch)
-    if residual is not None and dispatch.aligned_rows(residual).data_ptr() != residual.data_ptr():
-        raise OperandError(
-            f"residual has strides {residual.stride()}; it is written, so K must be contiguous and rows on 16 bytes"
-        )
+    residual_rows = None
+    if residual is not None:
+        residual_rows = dispatch.aligned_rows(residual)
+        if residual_rows.data_ptr() != residual.data_ptr():
+            raise OperandError(
+                f"residual has strides {residual.stride()}; it is written, so K must be contiguous and rows on 16 bytes"
+            )
     spec = QuantizeSpec(
         dtype=dispatch.FLOATS[x.dtype],
         source="rms_norm" if residual is None else "add_rms_norm",
@@ -208,7 +205,7 @@ def rms_norm(
         dispatch.kernel_for(spec, NORM_TILE, target.name),  # type: ignore[arg-type]
         {
             "x": rows,
-            "residual": None if residual is None else dispatch.aligned_rows(residual),
+            "residual": residual_rows,
             "weight": dispatch.aligned_rows(weight.unsqueeze(0)).view(-1),
             "eps": eps,
             "global_scale": global_scale.expand(batch).reshape(matrices),

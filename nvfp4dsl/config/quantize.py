@@ -81,7 +81,7 @@ class QuantizeTile(Tile):
     @classmethod
     def parse(cls, text: str) -> QuantizeTile:
         """``"32x2/256"``: blocks, rows and threads."""
-        match = re.fullmatch("(D)x(D)/(D)".replace("D", DIGITS), text.strip())
+        match = re.fullmatch(f"({DIGITS})x({DIGITS})/({DIGITS})", text.strip())
         if match is None:
             raise TileError(f"cannot read tile {text!r}; write BLOCKSxROWS/THREADS, e.g. 32x2/256")
         return cls(*(int(number) for number in match.groups()))

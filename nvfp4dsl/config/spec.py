@@ -114,7 +114,7 @@ class TileConfig(Tile):
     mainloop: str | None = None
 
     _TEXT: ClassVar[re.Pattern[str]] = re.compile(
-        "(D)x(D)x(D)(?:x(D))?(?:/(D))?(-pingpong)?(?:-(hmma|wgmma))?".replace("D", DIGITS)
+        f"({DIGITS})x({DIGITS})x({DIGITS})(?:x({DIGITS}))?(?:/({DIGITS}))?(-pingpong)?(?:-(hmma|wgmma))?"
     )
 
     def __post_init__(self) -> None:
